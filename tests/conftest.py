@@ -10,8 +10,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+# Triton decides whether to interpret when it is imported: this must come before anything imports it.
+if not (os.environ.get("TRITON_ST_TESTS_NO_INTERPRET") or torch.cuda.is_available()):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where op tests put their tensors: the CPU, or the GPU with TRITON_ST_TEST_DEVICE=cuda (as `make gpu` sets it)."""
+    wanted = os.environ.get("TRITON_ST_TEST_DEVICE", "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        pytest.fail("TRITON_ST_TEST_DEVICE=cuda, but torch sees no GPU")
+    return torch.device(wanted)
 
 
 @pytest.fixture(scope="session")
