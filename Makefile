@@ -1,0 +1,58 @@
+# Every target sets up what it needs in .venv and is quick when called again.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+# A pip that an environment variable points elsewhere would install outside .venv.
+PIP := env -u PIP_TARGET -u PIP_PREFIX -u PIP_USER $(PY) -m pip install --quiet --disable-pip-version-check
+DEMO_DIR ?= out/demo
+
+.PHONY: help demo test check bench kernels gpu clean
+help:
+	@echo 'make demo     train, evaluate, save and use the reference encoder on the built-in data'
+	@echo 'make test     all tests'
+	@echo 'make check    lint, formatting and types'
+	@echo 'make bench    benchmarks against sentence-transformers and PyTorch; writes bench/results/'
+	@echo 'make kernels  compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942 and check the machine code'
+	@echo 'make gpu      operator tests and benchmarks on the GPU of this machine'
+	@echo 'make clean    remove .venv and what was built or trained'
+	@echo 'TORCH="torch==x.y" chooses another torch (now: $(TORCH)); PYTHON=... another interpreter'
+
+# torch goes first and alone, so that the build that TORCH names is the one that stays.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)'
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[plots]'
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.runtime
+	$(PIP) --editable '.[plots,test,check]'
+	@touch $@
+
+demo: $(VENV)/.runtime
+	$(PY) -m triton_st train --fp16 --learning-rate 2e-3 --output-dir $(DEMO_DIR) --overwrite-output-dir
+
+test: $(VENV)/.tools
+	$(PY) -m pytest
+
+check: $(VENV)/.tools
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(VENV)/.tools
+	$(PY) -m pytest bench --benchmark-only --benchmark-json=bench/results/bench.json
+	$(PY) -m bench.report
+
+kernels: $(VENV)/.tools
+	$(PY) -m bench.kernels_aot
+
+gpu: $(VENV)/.tools
+	TRITON_ST_TEST_DEVICE=cuda $(PY) -m pytest tests/test_mean_pool.py tests/test_cosine_similarity.py tests/test_mnrl_loss.py
+	TRITON_ST_TEST_DEVICE=cuda $(PY) -m pytest bench --benchmark-only
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,360 @@
+"""Command line: `python -m triton_st train|encode|evaluate|build|info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from triton_st import SentenceTransformer
+    from triton_st.evaluation import EmbeddingSimilarityEvaluator
+
+SIMILARITIES = ("cosine", "manhattan", "euclidean", "dot")
+
+
+class CommandError(Exception):
+    """A mistake in what the user asked for; shown as one line, without a traceback."""
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a sentence encoder, evaluate it and save it with its model card",
+        description="Trains a BERT sentence encoder with MultipleNegativesRankingLoss. With no data named it uses the "
+        "built-in synthetic scenes; nothing is downloaded. All defaults are those of the reference run: hidden size "
+        "50, 4 layers, batch 128, one epoch, AdamW 5e-5, warm-up 0.1, seed 42.",
+        epilog="example: python -m triton_st train --train-file nli.jsonl --sts-dev dev.csv --sts-test test.csv --fp16 "
+        "--output-dir out/nli",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--train-file",
+        metavar="FILE|HUB_ID",
+        help="JSONL, CSV or Parquet with columns anchor, positive[, negative ...]; default: synthetic triplets",
+    )
+    data.add_argument("--max-train-samples", type=int, metavar="N", help="use the first N rows only")
+    data.add_argument("--eval-file", metavar="FILE|HUB_ID", help="like --train-file, for a validation loss")
+    data.add_argument("--sts-dev", metavar="FILE", help="CSV with score (0-5), sentence1, sentence2")
+    data.add_argument("--sts-test", metavar="FILE", help="the same; evaluated before and after training")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="FOLDER|HUB_ID", help="fine-tune this model; default: train one from scratch")
+    model.add_argument("--vocab-size", type=int, default=2000, help="WordPiece vocabulary (from scratch)")
+    model.add_argument("--hidden-size", type=int, default=50, help="from scratch")
+    model.add_argument("--num-hidden-layers", type=int, default=4, help="from scratch")
+    model.add_argument("--num-attention-heads", type=int, default=5, help="from scratch")
+    model.add_argument("--intermediate-size", type=int, default=200, help="from scratch")
+    model.add_argument("--dropout", type=float, default=0.1, help="hidden and attention dropout (from scratch)")
+    model.add_argument("--max-seq-length", type=int, default=512, help="longest sequence in tokens")
+    training = parser.add_argument_group("training")
+    training.add_argument("--per-device-train-batch-size", "--batch-size", type=int, default=128, metavar="N")
+    training.add_argument("--num-train-epochs", "--epochs", type=float, default=1, metavar="N")
+    training.add_argument("--max-steps", type=int, default=-1, help="stop after N steps; -1: after the epochs")
+    training.add_argument("--learning-rate", type=float, default=5e-5)
+    training.add_argument("--warmup-steps", type=float, default=0.1, help="below 1: share of all steps")
+    training.add_argument("--lr-scheduler-type", default="linear")
+    training.add_argument("--weight-decay", type=float, default=0.0)
+    training.add_argument("--max-grad-norm", type=float, default=1.0)
+    training.add_argument("--scale", type=float, default=20.0, help="inverse temperature of the loss")
+    precision = training.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="half activations, dynamic loss scaling")
+    precision.add_argument("--bf16", action="store_true", help="bfloat16 activations")
+    training.add_argument("--seed", type=int, default=42)
+    training.add_argument("--eval-steps", type=int, default=20, help="evaluate every N steps")
+    training.add_argument("--logging-steps", type=int, default=1, help="log every N steps")
+    training.add_argument("--save-steps", type=int, default=40, help="write a checkpoint every N steps")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-dir", required=True, metavar="FOLDER", help="checkpoints, logs and final/ go here")
+    output.add_argument("--overwrite-output-dir", action="store_true", help="delete an earlier run's files there first")
+    output.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
+    output.add_argument("--no-progress", action="store_true", help="no progress bars")
+    parser.set_defaults(run=_train)
+
+
+def _prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Fail before any work where the run could not be saved, or would overwrite an earlier one."""
+    earlier = [p for p in (folder.glob("*") if folder.is_dir() else ()) if _belongs_to_a_run(p)]
+    if overwrite and resume:
+        raise CommandError("--overwrite-output-dir and --resume exclude each other")
+    if earlier and not (overwrite or resume):
+        raise CommandError(f"{folder} holds an earlier run: add --resume to go on, or --overwrite-output-dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CommandError(f"cannot write to --output-dir {folder}: {error.strerror}") from error
+    if overwrite:
+        for path in earlier:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _belongs_to_a_run(path: Path) -> bool:
+    return path.name.startswith("checkpoint-") or path.name in ("final", "eval", "training_log.jsonl", "training.png")
+
+
+def _sts_evaluators(args: argparse.Namespace) -> dict[str, EmbeddingSimilarityEvaluator]:
+    from triton_st.data import load_sts_dataset
+    from triton_st.evaluation import EmbeddingSimilarityEvaluator
+    from triton_st.synthetic import synthetic_sts
+
+    evaluators = {}
+    for split, source in (("dev", args.sts_dev), ("test", args.sts_test)):
+        pairs = load_sts_dataset(source) if source else synthetic_sts(split=split)
+        evaluators[split] = EmbeddingSimilarityEvaluator(
+            pairs["sentence1"],
+            pairs["sentence2"],
+            pairs["score"],
+            batch_size=128,
+            similarity_fn_names=list(SIMILARITIES),
+            name=f"sts-{split}",
+        )
+    return evaluators
+
+
+def _train_model(args: argparse.Namespace, train_dataset: Dataset) -> SentenceTransformer:
+    from triton_st import recipes
+    from triton_st.sentence_transformer import SentenceTransformer
+
+    if args.model:
+        model = SentenceTransformer(args.model)
+        model.max_seq_length = min(args.max_seq_length, model.max_seq_length)
+        return model
+    return recipes.new_model(
+        (text for column in train_dataset.column_names for text in train_dataset[column]),
+        vocab_size=args.vocab_size,
+        max_seq_length=args.max_seq_length,
+        seed=args.seed,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        intermediate_size=args.intermediate_size,
+        hidden_dropout_prob=args.dropout,
+        attention_probs_dropout_prob=args.dropout,
+    )
+
+
+def _train(args: argparse.Namespace) -> None:
+    from triton_st import losses, recipes
+    from triton_st.data import load_training_dataset
+    from triton_st.synthetic import synthetic_triplets
+    from triton_st.training import SentenceTransformerTrainer
+
+    output_dir = Path(args.output_dir)
+    _prepare_output(output_dir, overwrite=args.overwrite_output_dir, resume=args.resume)
+    if args.train_file:
+        train_dataset = load_training_dataset(args.train_file, max_samples=args.max_train_samples)
+    else:
+        train_dataset = synthetic_triplets(args.max_train_samples or 10_112, seed=args.seed)
+    eval_dataset = load_training_dataset(args.eval_file) if args.eval_file else None
+    evaluators = _sts_evaluators(args)
+    model = _train_model(args, train_dataset)
+    test_before = evaluators["test"](model)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=recipes.arguments(
+            str(output_dir),
+            **{
+                name: getattr(args, name)
+                for name in (
+                    "per_device_train_batch_size",
+                    "num_train_epochs",
+                    "max_steps",
+                    "learning_rate",
+                    "warmup_steps",
+                    "lr_scheduler_type",
+                    "weight_decay",
+                    "max_grad_norm",
+                    "fp16",
+                    "bf16",
+                    "seed",
+                    "eval_steps",
+                    "logging_steps",
+                    "save_steps",
+                )
+            },
+            disable_tqdm=args.no_progress,
+        ),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        loss=losses.MultipleNegativesRankingLoss(model, scale=args.scale),
+        evaluator=evaluators["dev"],
+    )
+    trainer.train(resume_from_checkpoint=True if args.resume else None)
+    history = [row for row in trainer.state.log_history if any("spearman" in key for key in row)]
+    test_after = evaluators["test"](model, epoch=history[-1]["epoch"], steps=trainer.state.global_step)
+    final = output_dir / "final"
+    trainer.save_model(str(final))
+    _print_metrics({"dev": (history[0], history[-1]), "test": (test_before, test_after)})
+    _print_neighbours(model, evaluators["dev"].sentences1, evaluators["dev"].sentences2, count=3)
+    print(f"\nmodel:      {final}\nmodel card: {final / 'README.md'}")
+
+
+def _metric(row: dict[str, float], split: str, name: str) -> float:
+    """The value in `row` of, say, `sts-dev_pearson_cosine`, whether or not it is prefixed with `eval_`."""
+    key = f"sts-{split}_{name}"
+    return row[key] if key in row else row[f"eval_{key}"]
+
+
+def _print_metrics(results: dict[str, tuple[dict[str, float], dict[str, float]]]) -> None:
+    header = "".join(f"{f'{split} before':>14}{f'{split} after':>14}" for split in results)
+    print(f"\n{'STS metric':<20}{header}")
+    for similarity in (*SIMILARITIES, "max"):
+        for correlation in ("pearson", "spearman"):
+            name = f"{correlation}_{similarity}"
+            values = [_metric(row, split, name) for split, rows in results.items() for row in rows]
+            print(f"{name:<20}" + "".join(f"{value:>14.4f}" for value in values))
+
+
+def _print_neighbours(model: SentenceTransformer, queries: Sequence[str], corpus: Sequence[str], count: int) -> None:
+    """The nearest sentence of the corpus for a few queries spread over the set."""
+    candidates = sorted(set(corpus))
+    chosen = list(queries[:: max(1, len(queries) // count)][:count])
+    scores = model.similarity(model.encode(chosen), model.encode(candidates))
+    print("\nnearest neighbours")
+    for query, row in zip(chosen, scores, strict=True):
+        best = next(i for i in row.argsort(descending=True).tolist() if candidates[i] != query)
+        print(f"  {query}\n  -> {row[best]:.3f}  {candidates[best]}")
+
+
+# --- encode, evaluate, build, info ------------------------------------------------------------------------------------
+
+
+def _add_encode(commands: Any) -> None:
+    parser = commands.add_parser(
+        "encode",
+        help="embed the lines of a text file into a .npy matrix",
+        description="Reads one text per line (UTF-8) and writes a float32 matrix [lines, dim] as .npy.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    parser.add_argument("input", metavar="TEXTS", help="text file, or - for standard input")
+    parser.add_argument("output", metavar="OUT.npy", help="where the matrix goes; written whole or not at all")
+    parser.add_argument("--batch-size", type=int, default=128, help="texts a batch, at the length of the longest")
+    parser.add_argument("--normalize", action="store_true", help="scale every embedding to length 1")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_encode)
+
+
+def _encode(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from triton_st.sentence_transformer import SentenceTransformer
+
+    if Path(args.output).suffix != ".npy":
+        raise CommandError(f"the output must end in .npy, got {args.output}")
+    raw = sys.stdin.buffer.read() if args.input == "-" else Path(args.input).read_bytes()
+    texts = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        try:
+            texts.append(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise CommandError(f"{args.input}, line {number}: not valid UTF-8 ({error.reason})") from error
+    model = SentenceTransformer(args.model)
+    embeddings = model.encode(
+        texts,
+        batch_size=args.batch_size,
+        normalize_embeddings=args.normalize,
+        show_progress_bar=not args.no_progress,
+    )
+    partial = Path(args.output).with_suffix(".npy.partial")
+    try:
+        with partial.open("wb") as file:
+            np.save(file, embeddings)
+        partial.replace(args.output)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{args.output}: {embeddings.shape[0]} embeddings of {embeddings.shape[1]} dimensions")
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="Pearson and Spearman on sentence pairs with graded similarity",
+        description="Prints Pearson and Spearman correlation of cosine, Manhattan, Euclidean and dot-product "
+        "similarity with the scores of a CSV file (score, sentence1, sentence2), as JSON with --json.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    parser.add_argument("--sts", metavar="FILE", help="CSV with score, sentence1, sentence2; default: the built-in set")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from triton_st.sentence_transformer import SentenceTransformer
+
+    evaluator = _sts_evaluators(argparse.Namespace(sts_dev=None, sts_test=args.sts))["test"]
+    metrics = evaluator(SentenceTransformer(args.model))
+    if args.json:
+        print(json.dumps(metrics, indent=2))
+        return
+    for name, value in metrics.items():
+        print(f"{name:<32}{value:>10.4f}")
+
+
+def _build(args: argparse.Namespace) -> None:
+    from triton_st import extension
+
+    try:
+        print(extension.load())
+    except extension.BuildError as error:
+        raise CommandError(f"the C++ kernels could not be built: {error}") from error
+
+
+def _info(args: argparse.Namespace) -> None:
+    from triton_st import info
+
+    print(info.report())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="triton_st", description="Fused Triton and C++ kernels that train and run sentence-embedding models."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_encode(commands)
+    _add_evaluate(commands)
+    build = commands.add_parser(
+        "build",
+        help="compile the C++ kernels ahead of time",
+        description="Compiles csrc/ into the kernel cache unless it is there, and prints the library's path. "
+        "TRITON_ST_CACHE, CXX and TRITON_ST_CXXFLAGS choose the cache, the compiler and further flags.",
+    )
+    build.set_defaults(run=_build)
+    info = commands.add_parser(
+        "info",
+        help="which backend serves what, and why not another",
+        description="Versions, devices, and for each device the backend that serves it and why not another.",
+    )
+    info.set_defaults(run=_info)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "datasets", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        args.run(args)
+    except (CommandError, ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"triton_st: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ntriton_st: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
