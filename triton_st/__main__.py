@@ -102,7 +102,13 @@ def _prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
 
 
 def _belongs_to_a_run(path: Path) -> bool:
-    return path.name.startswith("checkpoint-") or path.name in ("final", "eval", "training_log.jsonl", "training.png")
+    return path.name.startswith("checkpoint-") or path.name in (
+        "final",
+        "eval",
+        "metrics.json",
+        "training_log.jsonl",
+        "training.png",
+    )
 
 
 def _sts_evaluators(args: argparse.Namespace) -> dict[str, EmbeddingSimilarityEvaluator]:
@@ -197,7 +203,9 @@ def _train(args: argparse.Namespace) -> None:
     test_after = evaluators["test"](model, epoch=history[-1]["epoch"], steps=trainer.state.global_step)
     final = output_dir / "final"
     trainer.save_model(str(final))
-    _print_metrics({"dev": (history[0], history[-1]), "test": (test_before, test_after)})
+    results = {"dev": (history[0], history[-1]), "test": (test_before, test_after)}
+    _print_metrics(results)
+    _write_metrics(output_dir / "metrics.json", results)
     _print_neighbours(model, evaluators["dev"].sentences1, evaluators["dev"].sentences2, count=3)
     print(f"\nmodel:      {final}\nmodel card: {final / 'README.md'}")
 
@@ -208,14 +216,27 @@ def _metric(row: dict[str, float], split: str, name: str) -> float:
     return row[key] if key in row else row[f"eval_{key}"]
 
 
-def _print_metrics(results: dict[str, tuple[dict[str, float], dict[str, float]]]) -> None:
+METRICS = tuple(
+    f"{correlation}_{similarity}" for similarity in (*SIMILARITIES, "max") for correlation in ("pearson", "spearman")
+)
+BeforeAfter = dict[str, tuple[dict[str, float], dict[str, float]]]
+"""Per split, all metrics before and after training."""
+
+
+def _print_metrics(results: BeforeAfter) -> None:
     header = "".join(f"{f'{split} before':>14}{f'{split} after':>14}" for split in results)
     print(f"\n{'STS metric':<20}{header}")
-    for similarity in (*SIMILARITIES, "max"):
-        for correlation in ("pearson", "spearman"):
-            name = f"{correlation}_{similarity}"
-            values = [_metric(row, split, name) for split, rows in results.items() for row in rows]
-            print(f"{name:<20}" + "".join(f"{value:>14.4f}" for value in values))
+    for name in METRICS:
+        values = [_metric(row, split, name) for split, rows in results.items() for row in rows]
+        print(f"{name:<20}" + "".join(f"{value:>14.4f}" for value in values))
+
+
+def _write_metrics(path: Path, results: BeforeAfter) -> None:
+    table = {
+        when: {split: {name: _metric(rows[i], split, name) for name in METRICS} for split, rows in results.items()}
+        for i, when in enumerate(("before", "after"))
+    }
+    path.write_text(json.dumps(table, indent=2) + "\n")
 
 
 def _print_neighbours(model: SentenceTransformer, queries: Sequence[str], corpus: Sequence[str], count: int) -> None:
