@@ -307,9 +307,8 @@ class SentenceTransformerTrainingArguments(_OtherArguments):
         if self.optim not in OPTIMIZERS:
             raise ValueError(f"`optim`: expected one of {', '.join(OPTIMIZERS)}; got {self.optim!r}")
         if self.lr_scheduler_type in METRIC_SCHEDULES:
-            raise ValueError(
-                f"`lr_scheduler_type={SchedulerType(self.lr_scheduler_type).value!r}` is not served: it follows a metric"
-            )
+            schedule = SchedulerType(self.lr_scheduler_type).value
+            raise ValueError(f"`lr_scheduler_type={schedule!r}` is not served: it follows a metric, not the step")
         if self.batch_sampler == BatchSamplers.GROUP_BY_LABEL:
             raise ValueError("`batch_sampler='group_by_label'` is not served: no loss here trains on labels")
         if self.include_num_input_tokens_seen not in ("no", "all", "non_padding"):

@@ -1,0 +1,191 @@
+"""Training checkpoints: folders that exist whole or not at all, and what is in them beside the model.
+
+A checkpoint folder `checkpoint-{step}` holds the model as `save_pretrained` writes it, transformers'
+`trainer_state.json`, `optimizer.safetensors` (AdamW's moments by parameter name, further loss weights, random number
+generators) and `resume.json` (schedule, loss scale, what the data and arguments were).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+TEMPORARY = "tmp-"
+TENSORS = "optimizer.safetensors"
+RESUME = "resume.json"
+TRAINER_STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed from; the message names the folder and says why."""
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` to write into; on success, flush it to disk and rename it to `folder`.
+
+    A process killed at any moment leaves either no `folder` or a whole one; an earlier `folder` is replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*sorted(temporary.rglob("*")), temporary]:
+            _flush(path)
+        delete_folder(folder)
+        temporary.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder so that a process killed meanwhile leaves no half of it under its name."""
+    if folder.exists():
+        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted."""
+    for pattern in (f"{TEMPORARY}checkpoint-*", f"{TEMPORARY}old-checkpoint-*"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the checkpoint folders in `output_dir`, by step."""
+    found = [(int(match[1]), path) for path in output_dir.glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def rotate_checkpoints(output_dir: Path, limit: int | None, keep: str | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`; the one at `keep`, the best so far, and the newest stay."""
+    checkpoints = list_checkpoints(output_dir)
+    surplus = len(checkpoints) - limit if limit is not None else 0
+    deletable = [path for path in checkpoints[:-1] if keep is None or path.name != Path(keep).name]
+    for path in deletable[: max(surplus, 0)]:
+        delete_folder(path)
+
+
+def find_checkpoint(resume: str | os.PathLike[str] | bool, output_dir: Path) -> Path:
+    """Return the folder to resume from: the one given, or for True the last one in `output_dir`.
+
+    Raises:
+        ValueError: True, and there is none.
+        CheckpointError: the folder is not there, or lacks a file.
+    """
+    if isinstance(resume, bool):
+        checkpoints = list_checkpoints(output_dir)
+        if not checkpoints:
+            raise ValueError(f"No valid checkpoint found in output directory ({output_dir})")
+        folder = checkpoints[-1]
+    else:
+        folder = Path(resume)
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {folder}: no such folder")
+    missing = [name for name in (TRAINER_STATE, RESUME, TENSORS) if not (folder / name).is_file()]
+    if missing:
+        why = " (save_only_model leaves nothing to resume from)" if len(missing) > 1 else ""
+        raise CheckpointError(f"checkpoint {folder}: incomplete, {', '.join(missing)} is missing{why}")
+    return folder
+
+
+def write_state(folder: Path, tensors: dict[str, Tensor], resume: dict[str, Any]) -> None:
+    """Write the tensors and the plain values that resuming needs."""
+    save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, folder / TENSORS)
+    (folder / RESUME).write_text(json.dumps(resume, indent=1), encoding="utf-8")
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_state` wrote.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    try:
+        resume = json.loads((folder / RESUME).read_text(encoding="utf-8"))
+        return load_file(folder / TENSORS), resume
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"checkpoint {folder}: damaged ({error})") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, loss: nn.Module) -> dict[str, Tensor]:
+    """Return the optimizer's state, by parameter name."""
+    names = {parameter: name for name, parameter in loss.named_parameters()}
+    return {
+        f"optimizer.{names[parameter]}:{key}": value
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, loss: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put `optimizer_tensors` back; parameters are found by name.
+
+    Raises:
+        KeyError: a parameter that `loss` does not have.
+    """
+    parameters = dict(loss.named_parameters())
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = {parameter: i for i, parameter in enumerate(order)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        kind, _, rest = full_name.partition(".")
+        if kind == "optimizer":
+            name, _, key = rest.rpartition(":")
+            state.setdefault(index[parameters[name]], {})[key] = value
+    # load_state_dict knows where each value belongs: moments beside their weight, step counters as the variant needs.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_tensors(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of Python's, NumPy's and torch's global random number generators."""
+    python = random.getstate()
+    numpy = np.random.get_state(legacy=True)
+    assert isinstance(numpy, tuple)
+    tensors = {
+        "random.python": torch.tensor(python[1], dtype=torch.int64),
+        "random.numpy": torch.tensor([*numpy[1].tolist(), numpy[2]], dtype=torch.int64),
+        "random.cpu": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def load_random_tensors(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Put `random_tensors` back."""
+    random.setstate((3, tuple(tensors["random.python"].tolist()), None))
+    *key, position = tensors["random.numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, 0, 0.0))
+    torch.set_rng_state(tensors["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
