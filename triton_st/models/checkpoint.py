@@ -1,0 +1,117 @@
+"""Encoder checkpoints: read from and written as what transformers' `from_pretrained` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import BertConfig
+
+from triton_st.models.bert import BertModel
+from triton_st.models.files import read_json, replacing_folder
+
+SERVED_TYPES = ("bert",)
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_PREFIXES = ("bert.", "model.", "module.")
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def load_encoder(folder: str | Path) -> BertModel:
+    """Load a transformers checkpoint.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, whole or in indexed shards. Weights
+            of any floating dtype become float32; prefixes such as `bert.` and the heads of task models are dropped.
+
+    Returns:
+        The encoder in evaluation mode, as `from_pretrained` leaves it; with a pooler if the checkpoint has one.
+
+    Raises:
+        FileNotFoundError: no such folder, or it holds no checkpoint.
+        ValueError: a model type that is not served (the error says which are), a config or weights that do not fit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such model folder: {folder}")
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+    config_fields = read_json(config_path)
+    model_type = config_fields.get("model_type")
+    if model_type not in SERVED_TYPES:
+        raise ValueError(f"{config_path}: model type {model_type!r} is not served; served: {', '.join(SERVED_TYPES)}")
+    config = BertConfig.from_dict(config_fields)
+    state = _canonical(_read_weights(folder))
+    with torch.device("meta"):
+        model = BertModel(config, add_pooling_layer="pooler.dense.weight" in state)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
+    model.requires_grad_(True)
+    return model.eval()
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    for name in _WEIGHTS:
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.is_file():
+            return _read_file(whole)
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ValueError(f"{index}: expected an object named weight_map, got {shards!r}")
+            state: dict[str, Tensor] = {}
+            for shard in sorted(set(shards.values())):
+                state |= _read_file(folder / Path(shard).name)
+            return state
+    raise FileNotFoundError(f"{folder} is no model folder: it has neither {' nor '.join(_WEIGHTS)}")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"missing weights file: {path}") from None
+    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable weights file ({error})") from error
+
+
+def _canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of a bare `BertModel`, float32; heads of task models and buffers are left out."""
+    prefix = next((p for p in _PREFIXES if any(name.startswith(f"{p}embeddings.") for name in state)), "")
+    tensors = {}
+    for name, tensor in state.items():
+        if not name.startswith(prefix):
+            continue
+        bare = name.removeprefix(prefix)
+        if not bare.startswith(("embeddings.", "encoder.", "pooler.")) or bare == "embeddings.position_ids":
+            continue
+        for old, new in _OLD_NAMES.items():
+            bare = bare.replace(old, new)
+        # A copy: safetensors maps the file, and a model must survive its folder being written again.
+        tensors[bare] = tensor.to(torch.float32, copy=True)
+    return tensors
+
+
+def save_encoder(model: BertModel, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` (float32) as transformers' `BertModel.save_pretrained` does.
+
+    Both files are written in full before either takes its place; the folder is made if it does not exist.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    config = BertConfig.from_dict(model.config.to_dict())
+    config.architectures = ["BertModel"]
+    config.dtype = torch.float32
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing_folder(folder) as temporary:
+        (temporary / "config.json").write_text(config.to_json_string(use_diff=True), encoding="utf-8")
+        safetensors.torch.save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,70 @@
+"""Files that are whole or absent: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; ValueError names the file if it holds anything else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(fields).__name__}")
+    return fields
+
+
+def write_json(path: Path, fields: object) -> None:
+    """Write indented JSON."""
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """Give a temporary folder to write into; on success its files take their places in `folder`, on failure none does.
+
+    A new or empty `folder` appears in one rename. In one that exists, files of the same name are replaced one by one,
+    each in one rename, once all have been written; its other files stay.
+
+    Raises:
+        OSError: `folder` cannot be written, naming it and why; nothing of it was touched.
+    """
+    target = Path(folder).resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(f"cannot write to {folder}: it is a file, not a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
+            raise PermissionError(f"cannot write to {folder}: permission denied")
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if str(error).startswith("cannot write to"):
+            raise
+        raise type(error)(f"cannot write to {folder}: {error.strerror or error}") from error
+    try:
+        yield temporary
+        try:
+            temporary.rename(target)
+        except OSError:  # it exists and is not empty
+            _move_files(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        destination = target / path.relative_to(source)
+        if path.is_dir():
+            destination.mkdir(exist_ok=True)
+        else:
+            path.replace(destination)

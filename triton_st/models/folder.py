@@ -1,0 +1,175 @@
+"""The folder of a sentence-transformers model: which modules it has and how they are set, in old and new spelling."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from triton_st import __version__
+from triton_st.models.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+_LEGACY_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+@dataclass
+class FolderConfig:
+    """What the folder says beside the encoder's own config, weights and tokenizer."""
+
+    encoder_path: str = ""
+    """Where in the folder the encoder and its tokenizer lie."""
+    max_seq_length: int | None = None
+    """Truncation length, or None where the tokenizer says it."""
+    do_lower_case: bool = False
+    pooling_mode: str = "mean"
+    normalize: bool = False
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    similarity_fn_name: str | None = None
+    truncate_dim: int | None = None
+
+
+def read_folder(folder: Path) -> FolderConfig:
+    """Read a model folder's configuration.
+
+    A folder without `modules.json` is taken as a plain transformers checkpoint with mean pooling, as
+    sentence-transformers takes it.
+
+    Raises:
+        FileNotFoundError: no such folder, or it holds no model.
+        ValueError: a module or a setting that is not served, naming it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such model folder: {folder}")
+    modules_path = folder / "modules.json"
+    if not modules_path.is_file():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} is no model folder: it has neither modules.json nor config.json")
+        logger.warning("%s has no modules.json: a transformers checkpoint, used with mean pooling", folder)
+        return FolderConfig()
+    config = FolderConfig()
+    served = {"Transformer": _read_transformer, "Pooling": _read_pooling, "Normalize": _read_normalize}
+    names = []
+    for path, name in _modules(modules_path):
+        if name not in served:
+            raise ValueError(f"{modules_path}: module {name!r} is not served; served: {', '.join(served)}")
+        names.append(name)
+        served[name](folder, path, config)
+    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise ValueError(
+            f"{modules_path}: expected the modules Transformer, Pooling and perhaps Normalize, in this order, got {names}"
+        )
+    _read_model_config(folder, config)
+    return config
+
+
+def _modules(path: Path) -> list[tuple[str, str]]:
+    """(path, class name) of each module; the class is known by its last name, whatever package path wrote it."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return [(entry["path"], entry["type"].rsplit(".", 1)[-1]) for entry in entries]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a JSON list of modules with path and type ({error})") from error
+
+
+def _inside(folder: Path, path: str) -> Path:
+    joined = (folder / path).resolve()
+    if not joined.is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder}/modules.json: module path {path!r} leaves the model's folder")
+    return joined
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_transformer(folder: Path, path: str, config: FolderConfig) -> None:
+    settings = _optional_json(_inside(folder, path) / "sentence_bert_config.json")
+    config.encoder_path = path
+    config.max_seq_length = settings.get("max_seq_length")
+    config.do_lower_case = bool(settings.get("do_lower_case", False))
+    task = settings.get("transformer_task", "feature-extraction")
+    if task != "feature-extraction":
+        raise ValueError(f"{folder}: transformer_task {task!r} is not served; served: 'feature-extraction'")
+
+
+def _read_pooling(folder: Path, path: str, config: FolderConfig) -> None:
+    source = _inside(folder, path) / "config.json"
+    settings = _optional_json(source)
+    modes = settings.get("pooling_mode")
+    if modes is None:
+        modes = [mode for key, mode in _LEGACY_POOLING.items() if settings.get(key)] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if modes != ["mean"]:
+        raise ValueError(f"{source}: pooling mode {' + '.join(map(str, modes))!r} is not served; served: 'mean'")
+    if not settings.get("include_prompt", True):
+        raise ValueError(f"{source}: include_prompt=false is not served; prompts take part in the mean")
+
+
+def _read_normalize(folder: Path, path: str, config: FolderConfig) -> None:
+    source = _inside(folder, path) / "config.json"
+    for name in ("module_input_name", "module_output_name"):
+        value = _optional_json(source).get(name, "sentence_embedding")
+        if value != "sentence_embedding":
+            raise ValueError(f"{source}: {name} {value!r} is not served; served: 'sentence_embedding'")
+    config.normalize = True
+
+
+def _read_model_config(folder: Path, config: FolderConfig) -> None:
+    settings = _optional_json(folder / "config_sentence_transformers.json")
+    prompts = settings.get("prompts") or {}
+    config.prompts = {name: text or "" for name, text in prompts.items()}
+    config.default_prompt_name = settings.get("default_prompt_name")
+    config.similarity_fn_name = settings.get("similarity_fn_name")
+    config.truncate_dim = settings.get("truncate_dim")
+
+
+def write_folder(folder: Path, config: FolderConfig, dimension: int) -> None:
+    """Write the module files of a model whose encoder lies in the folder itself.
+
+    The spelling is the one of sentence-transformers 2 to 5, which every version since, 6.2 included, reads.
+    """
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    if config.normalize:
+        modules.append(("Normalize", "2_Normalize"))
+    entries = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate(modules)
+    ]
+    for _, path in modules:
+        (folder / path).mkdir(exist_ok=True)
+    write_json(folder / "modules.json", entries)
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": config.max_seq_length, "do_lower_case": False}
+    )
+    pooling: dict[str, Any] = {"word_embedding_dimension": dimension}
+    pooling |= {key: mode == config.pooling_mode for key, mode in _LEGACY_POOLING.items()}
+    write_json(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": True})
+    settings: dict[str, Any] = {
+        "model_type": "SentenceTransformer",
+        "__version__": {
+            "triton_st": __version__,
+            "transformers": transformers.__version__,
+            "pytorch": torch.__version__,
+        },
+        "prompts": config.prompts,
+        "default_prompt_name": config.default_prompt_name,
+        "similarity_fn_name": config.similarity_fn_name,
+    }
+    if config.truncate_dim is not None:
+        settings["truncate_dim"] = config.truncate_dim
+    write_json(folder / "config_sentence_transformers.json", settings)

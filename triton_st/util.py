@@ -1,0 +1,118 @@
+"""Similarities between embeddings under sentence-transformers' names and signs (distances are negated).
+
+Every function takes lists, numpy arrays or tensors; a single vector counts as one row where a matrix is computed. Half
+precision is widened to float32 first, since scores rounded to half tie where they should not.
+
+Reference: https://sbert.net/docs/package_reference/util.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_st import ops
+
+Embeddings: TypeAlias = Tensor | np.ndarray | Sequence[Any]
+
+
+def _float_tensor(embeddings: Embeddings) -> Tensor:
+    if isinstance(embeddings, Tensor):
+        tensor = embeddings
+    elif isinstance(embeddings, np.ndarray):
+        # from_numpy refuses what it cannot share: read-only buffers, negative strides
+        shareable = embeddings.flags.writeable and all(stride >= 0 for stride in embeddings.strides)
+        tensor = torch.from_numpy(embeddings if shareable else embeddings.copy())
+    elif len(embeddings) and all(isinstance(row, Tensor) for row in embeddings):
+        tensor = torch.stack(list(embeddings))
+    elif len(embeddings) and all(isinstance(row, np.ndarray) for row in embeddings):
+        tensor = torch.from_numpy(np.stack(embeddings))
+    else:
+        tensor = torch.tensor(embeddings)
+    if not tensor.is_floating_point():
+        return tensor.float()
+    return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
+
+
+def _matrices(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
+    """Both as [rows, D] of one dtype."""
+    pair = [tensor.unsqueeze(0) if tensor.dim() == 1 else tensor for tensor in (_float_tensor(a), _float_tensor(b))]
+    dtype = torch.promote_types(pair[0].dtype, pair[1].dtype)
+    left, right = (tensor.to(dtype) for tensor in pair)
+    if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[1]:
+        raise ValueError(
+            f"a, b: expected [M, D] and [N, D] with one D, got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    return left, right
+
+
+def _rows(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
+    left, right = _float_tensor(a), _float_tensor(b)
+    if left.shape != right.shape:
+        raise ValueError(f"a, b: expected one shape, got {tuple(left.shape)} and {tuple(right.shape)}")
+    return left, right
+
+
+def cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """Cosine similarity of every row of a [M, D] with every row of b [N, D] -> [M, N]; 0 for a zero vector."""
+    return ops.cosine_similarity(*_matrices(a, b))
+
+
+def dot_score(a: Embeddings, b: Embeddings) -> Tensor:
+    """Dot product of every row of a [M, D] with every row of b [N, D] -> [M, N]."""
+    left, right = _matrices(a, b)
+    return left @ right.T
+
+
+def euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """Negated Euclidean distance of every row of a [M, D] to every row of b [N, D] -> [M, N]."""
+    return -torch.cdist(*_matrices(a, b), p=2.0)
+
+
+def manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """Negated Manhattan distance of every row of a [M, D] to every row of b [N, D] -> [M, N]."""
+    return -torch.cdist(*_matrices(a, b), p=1.0)
+
+
+def pairwise_cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """Cosine similarity of a[i] with b[i], both [N, D] -> [N]; 0 for a zero vector."""
+    left, right = _rows(a, b)
+    return (normalize_embeddings(left) * normalize_embeddings(right)).sum(-1)
+
+
+def pairwise_dot_score(a: Embeddings, b: Embeddings) -> Tensor:
+    """Dot product of a[i] with b[i], both [N, D] -> [N]."""
+    left, right = _rows(a, b)
+    return (left * right).sum(-1)
+
+
+def pairwise_euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """Negated Euclidean distance of a[i] to b[i], both [N, D] -> [N]."""
+    left, right = _rows(a, b)
+    return -torch.linalg.vector_norm(left - right, dim=-1)
+
+
+def pairwise_manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """Negated Manhattan distance of a[i] to b[i], both [N, D] -> [N]."""
+    left, right = _rows(a, b)
+    return -(left - right).abs().sum(-1)
+
+
+def normalize_embeddings(embeddings: Tensor) -> Tensor:
+    """Scale vectors [..., D] to unit length; the norm is taken in float32, a zero vector stays zero."""
+    widened = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    return F.normalize(widened, dim=-1).to(embeddings.dtype)
+
+
+SIMILARITIES = {
+    "cosine": (cos_sim, pairwise_cos_sim),
+    "dot": (dot_score, pairwise_dot_score),
+    "euclidean": (euclidean_sim, pairwise_euclidean_sim),
+    "manhattan": (manhattan_sim, pairwise_manhattan_sim),
+}
+"""Similarity name -> (every row with every row, row with row)."""
