@@ -311,8 +311,8 @@ class EmbeddingSimilarityEvaluator(BaseEvaluator):
         spread, size = np.ptp(similarities), np.abs(similarities).max()
         if spread == 0:
             self._warn(
-                f"all {len(similarities)} {fn} similarities are {similarities[0] + 0.0:g} (the embeddings have collapsed): "
-                "no correlation is defined",
+                f"all {len(similarities)} {fn} similarities are {similarities[0] + 0.0:g}: "
+                "the embeddings have collapsed, and no correlation is defined",
                 what=f"the {fn} metrics are NaN",
             )
         elif spread <= COLLAPSED_SPREAD * size:
