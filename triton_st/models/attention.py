@@ -1,8 +1,8 @@
 """Self-attention over a packed batch, composed of batched products over buckets of similar length.
 
-Sequences are sorted by length and cut into a few buckets; each is gathered into [n, L, 3, H, d] (L its longest), attended
-with a key mask, and put back. The cut and the indices depend on the lengths alone, so a forward plans once for all its
-layers.
+Sequences are sorted by length and cut into a few buckets; each is gathered into [n, L, 3, H, d] (L its longest),
+attended with a key mask, and put back. The cut and the indices depend on the lengths alone, so a forward plans once for
+all its layers.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _with_zero_row(x: Tensor) -> Tensor:
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, plan: AttentionPlan, dropout_p: float, keep: bool) -> Tensor:
-        total, _, heads, size = qkv.shape
+        _, _, heads, size = qkv.shape
         rows = _with_zero_row(qkv)
         outputs, saved = [], []
         for bucket in plan.buckets:

@@ -229,7 +229,8 @@ def _check_ids(name: str, ids: Tensor, size: int, limit_name: str) -> None:
         return
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= size:
-        raise ValueError(f"{name}: expected ids from 0 to {size - 1} ({limit_name} {size}), got {low if low < 0 else high}")
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name}: expected ids from 0 to {size - 1} ({limit_name} {size}), got {wrong}")
 
 
 def _check_config(config: BertConfig) -> None:

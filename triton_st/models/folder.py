@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tokenizers.normalizers
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from triton_st import __version__
 from triton_st.models.files import read_json, write_json
@@ -24,6 +28,10 @@ _LEGACY_POOLING = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*.md"]
+_HUB_IGNORED = ["onnx/*", "openvino/*"]
 
 
 @dataclass
@@ -71,7 +79,7 @@ def read_folder(folder: Path) -> FolderConfig:
         served[name](folder, path, config)
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ValueError(
-            f"{modules_path}: expected the modules Transformer, Pooling and perhaps Normalize, in this order, got {names}"
+            f"{modules_path}: expected modules Transformer, Pooling and perhaps Normalize in this order, got {names}"
         )
     _read_model_config(folder, config)
     return config
@@ -153,9 +161,7 @@ def write_folder(folder: Path, config: FolderConfig, dimension: int) -> None:
     for _, path in modules:
         (folder / path).mkdir(exist_ok=True)
     write_json(folder / "modules.json", entries)
-    write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": config.max_seq_length, "do_lower_case": False}
-    )
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": config.max_seq_length, "do_lower_case": False})
     pooling: dict[str, Any] = {"word_embedding_dimension": dimension}
     pooling |= {key: mode == config.pooling_mode for key, mode in _LEGACY_POOLING.items()}
     write_json(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": True})
@@ -173,3 +179,51 @@ def write_folder(folder: Path, config: FolderConfig, dimension: int) -> None:
     if config.truncate_dim is not None:
         settings["truncate_dim"] = config.truncate_dim
     write_json(folder / "config_sentence_transformers.json", settings)
+
+
+def find_folder(name_or_path: str | Path, **hub: Any) -> Path:
+    """The folder itself, or the local snapshot of a hub id; a bare name is looked for under `sentence-transformers/`.
+
+    Args:
+        name_or_path: folder or hub id.
+        hub: `cache_dir`, `revision`, `local_files_only`, `token` of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no such model in the cache or on the hub.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(name_or_path)
+    if folder.exists():
+        raise NotADirectoryError(f"{name} is a file; expected a model folder or a hub id")
+    if not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"no such model folder: {name}")
+    repository = name if "/" in name else f"sentence-transformers/{name}"
+    try:
+        snapshot = Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, **hub))
+        if not any(snapshot.rglob("*.safetensors")):
+            snapshot_download(repository, allow_patterns=["*pytorch_model*"], ignore_patterns=_HUB_IGNORED, **hub)
+    except Exception as error:  # huggingface_hub, its HTTP client and the network each have their own
+        raise FileNotFoundError(
+            f"{name!r} is no folder here, and {repository!r} could not be had from the hub: {error}"
+        ) from error
+    return snapshot
+
+
+def load_tokenizer(folder: Path, config: FolderConfig) -> PreTrainedTokenizerBase:
+    """The fast tokenizer in a folder, lower-casing if the model's settings say so.
+
+    Raises:
+        ValueError: the folder has no tokenizer that transformers can load.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
+    except Exception as error:  # transformers raises whatever its tokenizer classes do
+        raise ValueError(f"{folder}: no tokenizer that transformers can load ({error})") from error
+    if config.do_lower_case:
+        backend = tokenizer.backend_tokenizer
+        lowercase = tokenizers.normalizers.Lowercase()
+        steps = [lowercase] if backend.normalizer is None else [lowercase, backend.normalizer]
+        backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    return tokenizer

@@ -106,7 +106,9 @@ def check_packed(input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
     if bounds[-1] != input_ids.numel():
-        raise ValueError(f"cu_seqlens: expected to end at T = {input_ids.numel()}, the number of tokens, got {bounds[-1]}")
+        raise ValueError(
+            f"cu_seqlens: expected to end at T = {input_ids.numel()}, the number of tokens, got {bounds[-1]}"
+        )
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if min(lengths, default=0) < 0:
         at = next(i for i, length in enumerate(lengths) if length < 0)
