@@ -39,9 +39,10 @@ def reference_run() -> str:
         for name in before["dev"]
     ]
     return (
-        f"The reference run (hidden size 50, {run['steps']} steps of batch 128 at learning rate 5e-5, fp16, on real NLI "
-        f"triplets) ended in NaN on its model card. Here its loss goes from {run['loss_first_10']:.4f} (mean of the first "
-        f"ten steps) to {run['loss_last_10']:.4f} (last ten), and STS-Benchmark from scratch reads:\n\n"
+        f"The reference run (hidden size 50, {run['steps']} steps of batch 128 at learning rate 5e-5, fp16, on real "
+        "NLI triplets) ended in NaN on its model card. Here its loss goes from "
+        f"{run['loss_first_10']:.4f} (mean of the first ten steps) to {run['loss_last_10']:.4f} (last ten), and "
+        "STS-Benchmark reads:\n\n"
         + _table(["metric", "dev before", "dev after", "test before", "test after"], rows)
         + "\n\n`python -m bench.reference_run --data DATA`"
     )
@@ -62,8 +63,8 @@ def parity() -> str:
     ]
     header = ["largest difference", *(f"lr {run['learning_rate']:g}" for run in result["runs"]), "bound"]
     return (
-        f"Against sentence-transformers' own trainer over {result['runs'][0]['steps']} steps on real NLI data, from the "
-        "same weights and batches, dropout 0:\n\n"
+        f"Against sentence-transformers' own trainer over {result['runs'][0]['steps']} steps on real NLI data, from "
+        "the same weights and batches, dropout 0:\n\n"
         + _table(header, rows)
         + "\n\n`python -m bench.parity_with_st --data DATA`"
     )
