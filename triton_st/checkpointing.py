@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,42 @@ TEMPORARY = "tmp-"
 TENSORS = "optimizer.safetensors"
 RESUME = "resume.json"
 TRAINER_STATE = "trainer_state.json"
+# Arguments that choose the batches or the arithmetic: a resumed run must have the same.
+FIXED_ARGUMENTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "dataloader_drop_last",
+    "batch_sampler",
+    "seed",
+    "data_seed",
+    "fp16",
+    "bf16",
+    "learning_rate_mapping",
+)
+# Arguments that change what comes after the checkpoint; someone may mean to.
+OTHER_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "logging_strategy",
+    "logging_steps",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+)
+_LEFTOVER = re.compile(
+    rf"{TEMPORARY}(old-)?checkpoint-\d+|\.{TEMPORARY}checkpoint-\d+\..*"
+)  # the last: save_pretrained's
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -48,9 +85,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in [*sorted(temporary.rglob("*")), temporary]:
             _flush(path)
-        delete_folder(folder)
+        replaced = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            folder.rename(replaced)
         temporary.rename(folder)
         _flush(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -75,8 +116,8 @@ def delete_folder(folder: Path) -> None:
 
 def remove_leftovers(output_dir: Path) -> None:
     """Delete what a killed process left half-written or half-deleted."""
-    for pattern in (f"{TEMPORARY}checkpoint-*", f"{TEMPORARY}old-checkpoint-*"):
-        for path in output_dir.glob(pattern):
+    for path in output_dir.glob("*"):
+        if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -118,6 +159,42 @@ def find_checkpoint(resume: str | os.PathLike[str] | bool, output_dir: Path) -> 
     return folder
 
 
+def describe_run(data: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Return what `check_same_run` compares, from the data's digest and all training arguments."""
+    return {
+        "data": data,
+        "fixed": {name: args.get(name) for name in FIXED_ARGUMENTS},
+        "arguments": {name: args.get(name) for name in OTHER_ARGUMENTS},
+    }
+
+
+def check_same_run(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Compare what the checkpoint's run was made of with the run that is to go on.
+
+    Args:
+        folder: the checkpoint, for messages.
+        saved: `describe_run` as saved.
+        current: `describe_run` of this run.
+
+    Raises:
+        CheckpointError: other data or other `FIXED_ARGUMENTS`. Changed `OTHER_ARGUMENTS` only warn.
+    """
+    if saved["data"] != current["data"]:
+        raise CheckpointError(
+            f"checkpoint {folder}: was trained on other data (texts, their order, prompts or tokenizer differ)"
+        )
+    if changed := _changed(saved["fixed"], current["fixed"]):
+        raise CheckpointError(f"checkpoint {folder}: cannot go on with other batches or another precision: {changed}")
+    if changed := _changed(saved["arguments"], current["arguments"]):
+        warnings.warn(f"resuming from {folder} with other arguments than it was made with: {changed}", stacklevel=2)
+
+
+def _changed(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} was {saved.get(name)!r}, now {value!r}" for name, value in current.items() if saved.get(name) != value
+    )
+
+
 def write_state(folder: Path, tensors: dict[str, Tensor], resume: dict[str, Any]) -> None:
     """Write the tensors and the plain values that resuming needs."""
     save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, folder / TENSORS)
@@ -137,9 +214,22 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"checkpoint {folder}: damaged ({error})") from error
 
 
+def load_model(model: nn.Module, folder: Path) -> None:
+    """Load a saved model's weights into `model`, in place.
+
+    Raises:
+        CheckpointError: there is no model in `folder`, or one of another shape.
+    """
+    try:
+        weights = type(model)(str(folder), device="cpu").state_dict()
+        model.load_state_dict(weights)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {folder}: its model cannot be loaded ({error})") from error
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, loss: nn.Module) -> dict[str, Tensor]:
     """Return the optimizer's state, by parameter name."""
-    names = {parameter: name for name, parameter in loss.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in loss.named_parameters()}
     return {
         f"optimizer.{names[parameter]}:{key}": value
         for parameter, values in optimizer.state.items()

@@ -59,7 +59,7 @@ def diverged(
     if not tensor:
         named = ((name, parameter.grad) for name, parameter in loss.named_parameters())
         tensor = next((f"gradient of {_described(name, grad)}" for name, grad in named if _bad(grad)), "")
-    return TrainingDiverged(what, step=step, tensor=tensor or "the loss itself", rows=rows)
+    return TrainingDiverged(what, step=step, tensor=tensor or "none but the result itself", rows=rows)
 
 
 def _first_parameter(module: nn.Module) -> str:

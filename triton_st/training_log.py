@@ -1,12 +1,20 @@
-"""The record of a training run: a JSONL file that survives a kill, and the history as a table."""
+"""What a training run shows and keeps: progress bar, JSONL file, history table; and how it takes Ctrl-C."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from tqdm.auto import tqdm
 
 LOG_NAME = "training_log.jsonl"
 _HEADINGS = {"epoch": "epoch", "step": "step", "loss": "loss", "learning_rate": "lr", "eval_loss": "eval loss"}
@@ -31,6 +39,69 @@ class TrainingLog:
         """Write one line; it is in the file when this returns."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class Progress:
+    """A progress bar with loss, learning rate and tokens/s; lines of text where the console is no terminal."""
+
+    def __init__(self, total: int, done: int, *, quiet: bool) -> None:
+        terminal = sys.stderr.isatty()
+        self._print_lines = not quiet and not terminal
+        self._bar = tqdm(total=total, initial=done, disable=quiet or not terminal, unit="step", dynamic_ncols=True)
+        self._tokens, self._seconds = 0, 0.0  # since the last log entry
+
+    def advance(self, loss: float, learning_rate: float, tokens: int, seconds: float) -> None:
+        """Count a step of `tokens` tokens that took `seconds`."""
+        self._tokens += tokens
+        self._seconds += seconds
+        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens / seconds:,.0f} tokens/s", False)
+        self._bar.update()
+
+    def tokens_per_second(self) -> float:
+        """Return the rate since this was last asked for, evaluation and saving left out."""
+        rate = self._tokens / self._seconds if self._seconds else 0.0
+        self._tokens, self._seconds = 0, 0.0
+        return round(rate, 1)
+
+    def show(self, entry: dict[str, Any]) -> None:
+        """Print a log entry where there is no bar."""
+        if self._print_lines:
+            names = [name for name in entry if name not in ("epoch", "step")]
+            shown = names if len(names) <= 5 else [name for name in names if name.endswith("spearman_cosine")]
+            values = "  ".join(f"{name} {_cell(name, entry[name])}" for name in shown)
+            print(f"step {entry['step']}/{self._bar.total}  {values}", file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
+
+
+@dataclass
+class Interrupt:
+    """Whether Ctrl-C was pressed."""
+
+    requested: bool = False
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Interrupt]:
+    """Note the first SIGINT instead of raising, so that a step is ended and saved; the second raises at once."""
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
+        yield interrupt
+        return
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        interrupt.requested = True
+        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def history_table(log_history: Sequence[dict[str, Any]], metrics: Sequence[str] = ()) -> str:
