@@ -1,0 +1,371 @@
+// Mean pooling of padded and of packed token states, and its gradient. Both directions move every byte once and are bound
+// by memory. Sums run over pieces of at most kPiece tokens, whatever the number of threads, and pieces are added in order:
+// one long sequence is shared by all threads and the result is the same, bit for bit, on any number of them.
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "stream.h"
+#include "tensor.h"
+
+namespace triton_st {
+namespace {
+
+constexpr int64_t kPiece = 128;
+constexpr int64_t kUnitBytes = 128 << 10;  // what a thread takes at a time
+constexpr int64_t kBytesPerNanosecond = 30;
+
+thread_local Buffer scratch;
+
+// --- sums and means of rows ---
+
+template <int kCount, class T>
+void add_rows(float* sums, const T* const* rows, int64_t d) {
+  auto block = [&](int64_t i, auto... n) {
+    Vec x = load(rows[0] + i, n...);
+    if constexpr (kCount > 1) x += load(rows[1] + i, n...);
+    if constexpr (kCount > 2) {
+      Vec y = load(rows[2] + i, n...);
+      if constexpr (kCount > 3) y += load(rows[3] + i, n...);
+      x += y;
+    }
+    store(sums + i, load(sums + i) + x);
+  };
+  int64_t i = 0;
+  for (; i + kWidth <= d; i += kWidth) block(i);
+  if (i < d) block(i, static_cast<int>(d - i));
+}
+
+// sums[0 … round_up(d, kWidth)) = Σ of n rows, the r-th of which is row_of(r).
+template <class T, class RowOf>
+void sum_rows(float* sums, int64_t n, int64_t d, RowOf&& row_of) {
+  std::fill_n(sums, round_up(d, kWidth), 0.f);
+  int64_t r = 0;
+  for (; r + 4 <= n; r += 4) {
+    const T* const rows[] = {row_of(r), row_of(r + 1), row_of(r + 2), row_of(r + 3)};
+    add_rows<4>(sums, rows, d);
+  }
+  const T* rest[3];
+  for (int64_t i = 0; r + i < n; ++i) rest[i] = row_of(r + i);
+  switch (n - r) {
+    case 3:
+      return add_rows<3>(sums, rest, d);
+    case 2:
+      return add_rows<2>(sums, rest, d);
+    case 1:
+      return add_rows<1>(sums, rest, d);
+  }
+}
+
+// out = sums / max(count, 1)
+template <class T>
+void write_mean(T* out, const float* sums, int64_t count, int64_t d) {
+  const Vec divisor = splat(static_cast<float>(std::max<int64_t>(count, 1)));
+  int64_t i = 0;
+  for (; i + kWidth <= d; i += kWidth) store(out + i, load(sums + i) / divisor);
+  if (i < d) store(out + i, load(sums + i) / divisor, static_cast<int>(d - i));
+}
+
+// out = Σ over n partial sums of d columns, `stride` floats apart, in order, / max(count, 1)
+template <class T>
+void write_mean_of_partials(T* out, const float* first, const float* others, int64_t n, int64_t stride, int64_t count,
+                            int64_t d) {
+  float* total = scratch.reserve(round_up(d, kWidth));
+  for (int64_t i = 0; i < d; i += kWidth) {
+    Vec x = load(first + i);
+    for (int64_t p = 0; p < n; ++p) x += load(others + p * stride + i);
+    store(total + i, x);
+  }
+  write_mean(out, total, count, d);
+}
+
+// --- masks ---
+
+// attention_mask [B, L] of any integer type.
+struct Mask {
+  explicit Mask(const Tensor& x)
+      : data(static_cast<const char*>(x.const_data_ptr())),
+        bytes(static_cast<int64_t>(x.element_size())),
+        batch(x.size(0)),
+        length(x.size(1)),
+        batch_stride(x.stride(0) * bytes),
+        stride(x.stride(1) * bytes) {}
+
+  // The positions in [begin, end) of sequence b that are not masked; returns how many.
+  int kept(int64_t b, int64_t begin, int64_t end, int32_t* positions) const {
+    const char* p = data + b * batch_stride + begin * stride;
+    switch (bytes) {
+      case 1:
+        return kept_as<uint8_t>(p, begin, end, positions);
+      case 2:
+        return kept_as<uint16_t>(p, begin, end, positions);
+      case 4:
+        return kept_as<uint32_t>(p, begin, end, positions);
+      default:
+        return kept_as<uint64_t>(p, begin, end, positions);
+    }
+  }
+
+  int64_t pieces() const { return std::max<int64_t>(ceil_div(length, kPiece), 1); }
+
+  const char* data;
+  int64_t bytes, batch, length, batch_stride, stride;
+
+ private:
+  template <class M>
+  int kept_as(const char* p, int64_t begin, int64_t end, int32_t* positions) const {
+    int n = 0;
+    for (int64_t i = begin; i < end; ++i, p += stride) {
+      positions[n] = static_cast<int32_t>(i - begin);
+      n += *reinterpret_cast<const M*>(p) != 0;
+    }
+    return n;
+  }
+};
+
+Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
+  const Tensor hidden = dense_rows(hidden_in);
+  const Mask mask(attention_mask);
+  const int64_t b_count = hidden.size(0), d = hidden.size(2);
+  STD_TORCH_CHECK(mask.batch == b_count && mask.length == hidden.size(1), "attention_mask does not fit hidden");
+  Tensor out = empty({b_count, d}, hidden.scalar_type());
+  dispatch(hidden.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* input = static_cast<const T*>(hidden.const_data_ptr());
+    T* output = data<T>(out);
+    const int64_t batch_stride = hidden.stride(0), stride = hidden.stride(1);
+    const int64_t padded = round_up(d, kWidth), pieces = mask.pieces();
+    const int64_t piece_bytes = std::min(mask.length, kPiece) * d * static_cast<int64_t>(sizeof(T)) + 1;
+    Buffer partials(pieces > 1 ? b_count * pieces * padded : 0);
+    std::vector<int32_t> counts(pieces > 1 ? b_count * pieces : 0);
+
+    const int64_t group = std::max<int64_t>(kUnitBytes / piece_bytes, 1), total = b_count * pieces;
+    parallel(ceil_div(total, group), total * piece_bytes / kBytesPerNanosecond, [&](int64_t unit) {
+      for (int64_t piece = unit * group; piece < std::min((unit + 1) * group, total); ++piece) {
+        const int64_t b = piece / pieces, begin = piece % pieces * kPiece;
+        int32_t positions[kPiece];
+        const int n = mask.kept(b, begin, std::min(begin + kPiece, mask.length), positions);
+        const T* origin = input + b * batch_stride + begin * stride;
+        float* sums = pieces > 1 ? partials.get() + piece * padded : scratch.reserve(padded);
+        sum_rows<T>(sums, n, d, [&](int64_t r) { return origin + positions[r] * stride; });
+        if (pieces > 1) {
+          counts[piece] = n;
+        } else {
+          write_mean(output + b * d, sums, n, d);
+        }
+      }
+    });
+    if (pieces == 1) return;
+    parallel(b_count, b_count * pieces * padded / 8, [&](int64_t b) {
+      int64_t count = 0;
+      for (int64_t p = b * pieces; p < (b + 1) * pieces; ++p) count += counts[p];
+      const float* first = partials.get() + b * pieces * padded;
+      write_mean_of_partials(output + b * d, first, first + padded, pieces - 1, padded, count, d);
+    });
+  });
+  return out;
+}
+
+// --- packed sequences ---
+
+// Sequence s is tokens [start(s), start(s + 1)) of a packed batch.
+class Sequences {
+ public:
+  Sequences(const Tensor& cu_seqlens, int64_t tokens) : starts_(cu_seqlens.size(0)) {
+    const int64_t stride = cu_seqlens.stride(0);
+    const void* source = cu_seqlens.const_data_ptr();
+    const bool wide = cu_seqlens.element_size() == 8;
+    bool valid = true;
+    for (int64_t s = 0; s <= count(); ++s) {
+      starts_[s] = wide ? static_cast<const int64_t*>(source)[s * stride] : static_cast<const int32_t*>(source)[s * stride];
+      if (s > 0) {
+        valid = valid && starts_[s] >= starts_[s - 1];
+        longest_ = std::max(longest_, starts_[s] - starts_[s - 1]);
+      }
+    }
+    STD_TORCH_CHECK(valid && starts_.front() == 0 && starts_.back() == tokens,
+                    "cu_seqlens must ascend from 0 to the number of tokens, ", tokens);
+  }
+
+  int64_t count() const { return static_cast<int64_t>(starts_.size()) - 1; }
+  int64_t tokens() const { return starts_.back(); }
+  int64_t start(int64_t s) const { return starts_[s]; }
+  int64_t length(int64_t s) const { return starts_[s + 1] - starts_[s]; }
+  int64_t longest() const { return longest_; }
+  // The first sequence that starts at `token` or after it.
+  int64_t first_from(int64_t token) const {
+    return std::lower_bound(starts_.begin(), starts_.end() - 1, token) - starts_.begin();
+  }
+
+ private:
+  std::vector<int64_t> starts_;
+  int64_t longest_ = 0;
+};
+
+Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
+  const Tensor hidden = dense_rows(hidden_in);
+  const Sequences sequences(cu_seqlens, hidden.size(0));
+  const int64_t d = hidden.size(1), tokens = hidden.size(0);
+  Tensor out = empty({sequences.count(), d}, hidden.scalar_type());
+  dispatch(hidden.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> input = matrix<T>(hidden);
+    T* output = data<T>(out);
+    const int64_t padded = round_up(d, kWidth), row_bytes = d * static_cast<int64_t>(sizeof(T)) + 1;
+    // Partial sums of sequences longer than a piece. Their first pieces start more than kPiece apart, and so do any two of
+    // their other pieces, so the piece that starts at token t has slot 2·(t / kPiece), + 1 unless it is a first one, alone.
+    Buffer partials(sequences.longest() > kPiece ? 2 * ceil_div(tokens, kPiece) * padded : 0);
+    auto slot = [&](int64_t token, bool first) {
+      return partials.get() + (2 * (token / kPiece) + (first ? 0 : 1)) * padded;
+    };
+    auto pool_pieces = [&](int64_t s, int64_t from, int64_t before) {  // the pieces of s that start in [from, before)
+      const int64_t start = sequences.start(s), length = sequences.length(s);
+      for (int64_t offset = round_up(std::max<int64_t>(from - start, 0), kPiece);
+           offset == 0 || (offset < length && start + offset < before); offset += kPiece) {
+        const int64_t n = std::min(length - offset, kPiece);
+        float* sums = length > kPiece ? slot(start + offset, offset == 0) : scratch.reserve(padded);
+        sum_rows<T>(sums, n, d, [&](int64_t r) { return input.row(start + offset + r); });
+        if (length <= kPiece) write_mean(output + s * d, sums, n, d);
+      }
+    };
+    // A unit is a range of tokens and owns the pieces that start in it.
+    const int64_t unit_tokens = std::max<int64_t>(kUnitBytes / row_bytes, 1);
+    const int64_t units = std::max<int64_t>(ceil_div(tokens, unit_tokens), 1);
+    const int64_t cost = tokens * row_bytes / kBytesPerNanosecond + 4 * sequences.count();
+    parallel(units, cost, [&](int64_t unit) {
+      const int64_t from = unit * unit_tokens, before = unit + 1 < units ? from + unit_tokens : tokens + 1;
+      int64_t s = sequences.first_from(from);
+      if (s > 0 && sequences.start(s - 1) + kPiece < before && sequences.length(s - 1) > kPiece) {
+        pool_pieces(s - 1, from, before);
+      }
+      for (; s < sequences.count() && sequences.start(s) < before; ++s) pool_pieces(s, from, before);
+    });
+    if (sequences.longest() <= kPiece) return;
+    parallel(sequences.count(), tokens / kPiece * padded / 8, [&](int64_t s) {
+      const int64_t start = sequences.start(s), length = sequences.length(s);
+      if (length <= kPiece) return;
+      write_mean_of_partials(output + s * d, slot(start, true), slot(start + kPiece, false),
+                             ceil_div(length, kPiece) - 1, 2 * padded, length, d);
+    });
+  });
+  return out;
+}
+
+// --- gradients: every kept token of a sequence gets gradient / count ---
+
+// Memory of one thread for a row that is written many times.
+template <class T>
+Pattern share(const T* grad, int64_t count, int64_t d) {
+  const int64_t bytes = d * static_cast<int64_t>(sizeof(T));
+  char* memory = reinterpret_cast<char*>(scratch.reserve(ceil_div(Pattern::needed(bytes), 4)));
+  const Vec divisor = splat(static_cast<float>(std::max<int64_t>(count, 1)));
+  T* row = reinterpret_cast<T*>(memory);
+  int64_t i = 0;
+  for (; i + kWidth <= d; i += kWidth) store(row + i, load(grad + i) / divisor);
+  if (i < d) store(row + i, load(grad + i, static_cast<int>(d - i)) / divisor, static_cast<int>(d - i));
+  return Pattern(memory, bytes);
+}
+
+void write(const Pattern& pattern, char* p, int64_t bytes, bool past_caches) {
+  if (past_caches) {
+    pattern.write<true>(p, bytes);
+  } else {
+    pattern.write<false>(p, bytes);
+  }
+}
+
+Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_mask) {
+  const Tensor grad = dense_rows(grad_in);
+  const Mask mask(attention_mask);
+  const int64_t b_count = mask.batch, length = mask.length, d = grad.size(1);
+  STD_TORCH_CHECK(grad.size(0) == b_count, "attention_mask does not fit grad");
+  Tensor out = empty({b_count, length, d}, grad.scalar_type());
+  if (out.numel() == 0) return out;
+  dispatch(grad.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> gradient = matrix<T>(grad);
+    char* output = reinterpret_cast<char*>(data<T>(out));
+    const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T)), pieces = mask.pieces();
+    const bool past_caches = b_count * length * row_bytes > kNonTemporalBytes;
+    std::vector<int64_t> counts(b_count);
+    parallel(b_count, b_count * length / 2, [&](int64_t b) {
+      int32_t positions[kPiece];
+      for (int64_t begin = 0; begin < length; begin += kPiece) {
+        counts[b] += mask.kept(b, begin, std::min(begin + kPiece, length), positions);
+      }
+    });
+    const int64_t piece_bytes = std::min(length, kPiece) * row_bytes;
+    const int64_t group = std::max<int64_t>(kUnitBytes / piece_bytes, 1), total = b_count * pieces;
+    parallel(ceil_div(total, group), total * piece_bytes / kBytesPerNanosecond, [&](int64_t unit) {
+      for (int64_t piece = unit * group; piece < std::min((unit + 1) * group, total); ++piece) {
+        const int64_t b = piece / pieces, begin = piece % pieces * kPiece, end = std::min(begin + kPiece, length);
+        int32_t positions[kPiece + 1];
+        const int kept = mask.kept(b, begin, end, positions);
+        positions[kept] = static_cast<int32_t>(end - begin);
+        const Pattern pattern = share(gradient.row(b), counts[b], d);
+        char* p = output + (b * length + begin) * row_bytes;
+        // Alternate runs of padding and of tokens.
+        for (int64_t position = 0, next = 0; position < end - begin;) {
+          if (const int64_t padding = positions[next] - position; padding > 0) {
+            std::memset(p + position * row_bytes, 0, padding * row_bytes);
+            position += padding;
+          }
+          int64_t run = 0;
+          while (next < kept && positions[next] == position + run) ++next, ++run;
+          write(pattern, p + position * row_bytes, run * row_bytes, past_caches);
+          position += run;
+        }
+      }
+      if (past_caches) finish_stores();
+    });
+  });
+  return out;
+}
+
+Tensor packed_mean_pool_backward(const Tensor& grad_in, const Tensor& cu_seqlens, int64_t tokens) {
+  const Tensor grad = dense_rows(grad_in);
+  const Sequences sequences(cu_seqlens, tokens);
+  const int64_t d = grad.size(1);
+  STD_TORCH_CHECK(grad.size(0) == sequences.count(), "cu_seqlens does not fit grad");
+  Tensor out = empty({tokens, d}, grad.scalar_type());
+  if (out.numel() == 0) return out;
+  dispatch(grad.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> gradient = matrix<T>(grad);
+    char* output = reinterpret_cast<char*>(data<T>(out));
+    const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T));
+    const bool past_caches = tokens * row_bytes > kNonTemporalBytes;
+    const int64_t unit_tokens = std::max<int64_t>(kUnitBytes / row_bytes, 1);
+    parallel(ceil_div(tokens, unit_tokens), tokens * row_bytes / kBytesPerNanosecond, [&](int64_t unit) {
+      const int64_t from = unit * unit_tokens, before = std::min(from + unit_tokens, tokens);
+      for (int64_t s = std::max<int64_t>(sequences.first_from(from + 1) - 1, 0);
+           s < sequences.count() && sequences.start(s) < before; ++s) {
+        const int64_t begin = std::max(sequences.start(s), from), end = std::min(sequences.start(s + 1), before);
+        if (begin >= end) continue;
+        const Pattern pattern = share(gradient.row(s), sequences.length(s), d);
+        write(pattern, output + begin * row_bytes, (end - begin) * row_bytes, past_caches);
+      }
+      if (past_caches) finish_stores();
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(triton_st_cpp, m) {
+  m.def("masked_mean_pool(Tensor hidden, Tensor attention_mask) -> Tensor");
+  m.def("masked_mean_pool_backward(Tensor grad, Tensor attention_mask) -> Tensor");
+  m.def("packed_mean_pool(Tensor hidden, Tensor cu_seqlens) -> Tensor");
+  m.def("packed_mean_pool_backward(Tensor grad, Tensor cu_seqlens, SymInt total_tokens) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(triton_st_cpp, CPU, m) {
+  m.impl("masked_mean_pool", TORCH_BOX(&masked_mean_pool));
+  m.impl("masked_mean_pool_backward", TORCH_BOX(&masked_mean_pool_backward));
+  m.impl("packed_mean_pool", TORCH_BOX(&packed_mean_pool));
+  m.impl("packed_mean_pool_backward", TORCH_BOX(&packed_mean_pool_backward));
+}
+
+}  // namespace triton_st

@@ -1,0 +1,210 @@
+// Vectors of fp32 as wide as the processor the compiler is told to build for: 16 lanes with AVX-512, 8 with AVX2, else 4
+// (GCC turns those into SSE or NEON). Arithmetic is written with GCC's vector operators, which every width has; only what
+// they lack (conversions of half types, masked tails, sums across lanes) is spelled out per instruction set.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define TRITON_ST_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define TRITON_ST_AVX2 1
+#endif
+
+// A product of pairs of bf16 summed in fp32 in one instruction.
+#if defined(TRITON_ST_AVX512) && defined(__AVX512BF16__)
+#define TRITON_ST_BF16_DOT 1
+#endif
+
+namespace triton_st {
+
+using Half = c10::Half;
+using BFloat16 = c10::BFloat16;
+
+#if defined(TRITON_ST_AVX512)
+inline constexpr int kWidth = 16;
+#elif defined(TRITON_ST_AVX2)
+inline constexpr int kWidth = 8;
+#else
+inline constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+
+inline Vec splat(float x) { return Vec{} + x; }
+
+inline Vec as_floats(Ints x) { return reinterpret_cast<Vec>(x); }
+inline Ints as_ints(Vec x) { return reinterpret_cast<Ints>(x); }
+
+// The rounding of fp32 to bf16 (to nearest even, NaN stays NaN), in the low 16 bits of each lane.
+inline Ints bf16_bits(Vec x) {
+  const Ints bits = as_ints(x);
+  const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x == x ? rounded : ((bits >> 16) | 0x40);
+}
+
+// --- loads and stores; `n` < kWidth elements: the others read as 0 and are not written ---
+
+inline Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+
+#if defined(TRITON_ST_AVX512)
+
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+inline Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline void store(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+
+inline Vec widen_bf16(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load(const Half* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+inline Vec load(const BFloat16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load(const BFloat16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+
+inline __m256i narrow(Vec x, Half) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline __m256i narrow(Vec x, BFloat16) { return _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bf16_bits(x))); }
+
+template <class T>
+inline void store(T* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, T()));
+}
+template <class T>
+inline void store(T* p, Vec x, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(x, T()));
+}
+
+inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
+
+#else
+
+#if defined(TRITON_ST_AVX2)
+
+inline Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load(const BFloat16* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+inline void store(Half* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#else
+
+inline Vec load(const Half* p) {
+  Vec x;
+  for (int i = 0; i < kWidth; ++i) x[i] = static_cast<float>(p[i]);
+  return x;
+}
+inline Vec load(const BFloat16* p) {
+  Vec x;
+  for (int i = 0; i < kWidth; ++i) x[i] = static_cast<float>(p[i]);
+  return x;
+}
+inline void store(Half* p, Vec x) {
+  for (int i = 0; i < kWidth; ++i) p[i] = Half(x[i]);
+}
+
+#endif
+
+inline void store(BFloat16* p, Vec x) {
+  const Ints bits = bf16_bits(x);
+  for (int i = 0; i < kWidth; ++i) p[i].x = static_cast<uint16_t>(bits[i]);
+}
+
+template <class T>
+inline Vec load(const T* p, int n) {
+  T whole[kWidth] = {};
+  std::memcpy(whole, p, n * sizeof(T));
+  return load(whole);
+}
+template <class T>
+inline void store(T* p, Vec x, int n) {
+  T whole[kWidth];
+  store(whole, x);
+  std::memcpy(p, whole, n * sizeof(T));
+}
+
+inline float sum(Vec x) {
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+#endif
+
+// --- functions ---
+
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+inline Vec absolute(Vec x) { return as_floats(as_ints(x) & 0x7fffffff); }
+
+inline float largest(Vec x) {
+  float result = x[0];
+  for (int i = 1; i < kWidth; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+// e^x within 2 ulp; 0 at −inf and wherever the result is below the smallest fp32, inf above the largest, NaN at NaN.
+inline Vec exp(Vec x) {
+  x = x < splat(-104.f) ? splat(-104.f) : x;  // written so that NaN passes
+  x = x > splat(89.f) ? splat(89.f) : x;
+  const Vec magic = splat(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
+  const Vec shifted = x * 1.44269504f + magic;
+  const Vec n = shifted - magic;
+  // x − n·ln 2 with ln 2 in two parts, the first exact in few bits.
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + (r + 1.f);
+#if defined(TRITON_ST_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
+  // 2^n in two factors: n reaches −150, and one factor's exponent stops at −126.
+  const Ints power = as_ints(shifted) - as_ints(magic);
+  const Ints first = power >> 1;
+  return p * as_floats((first + 127) << 23) * as_floats((power - first + 127) << 23);
+#endif
+}
+
+// Transposes a square of kWidth × kWidth lanes.
+inline void transpose(Vec (&rows)[kWidth]) {
+#pragma GCC unroll 4
+  for (int distance = 1; distance < kWidth; distance *= 2) {
+    Ints low, high;  // which lanes of the pair (a, b) go to its first and to its second row
+    for (int lane = 0; lane < kWidth; ++lane) {
+      const bool second = lane & distance;
+      low[lane] = second ? kWidth + lane - distance : lane;
+      high[lane] = second ? kWidth + lane : lane + distance;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if (i & distance) continue;
+      const Vec a = rows[i], b = rows[i + distance];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + distance] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+}  // namespace triton_st
