@@ -64,7 +64,7 @@ def escape(text: Any) -> str:
     """Text that shows as itself in one line of Markdown, table cells and HTML: special characters as entities."""
     text = html.escape(clean(text).strip("\n"), quote=False)
     # A bracket matters where a link or a footnote could begin, an underscore where it does not stand within a word.
-    text = re.sub(r"[\\`*~|$]|\[(?=\^)|\](?=[(\[:])|(?<!\w)_|_(?!\w)", lambda match: f"&#{ord(match[0])};", text)
+    text = re.sub(r"[\\`*~|$]|\[(?=\^)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])", lambda match: f"&#{ord(match[0])};", text)
     return text.replace("\n", "<br>")
 
 
