@@ -1,0 +1,97 @@
+"""Launching kernels, and the tile sizes that the launchers and the ahead-of-time check share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+TARGET_PROGRAMS = 512
+"""Programs that fill a large GPU. Splits follow from shapes alone, so every GPU adds up in the same order."""
+
+_recorded: list[Launch] | None = None
+_vendor: str | None = None
+
+
+class Launch(NamedTuple):
+    """One kernel launch, as a launcher asked for it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+@contextlib.contextmanager
+def recording(vendor: str) -> Iterator[list[Launch]]:
+    """Launch nothing inside the block: list instead what would be launched on a GPU of `vendor` ("cuda", "hip").
+
+    Launchers read no values, so they run on meta tensors here.
+    """
+    global _recorded, _vendor
+    previous = _recorded, _vendor
+    _recorded, _vendor = [], vendor
+    try:
+        yield _recorded
+    finally:
+        _recorded, _vendor = previous
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Run `kernel` over `grid` on the device of its tensors; nothing where the grid is empty."""
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments))
+        return
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**arguments)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: tf32 only where the user allowed it. Means nothing for half operands."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def on_hip() -> bool:
+    """Whether kernels are compiled for an AMD GPU."""
+    return (_vendor or ("hip" if torch.version.hip else "cuda")) == "hip"
+
+
+class Tile(NamedTuple):
+    """Block sizes of a matrix product [rows, depth] @ [depth, columns] and how it is compiled."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def product_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
+    """Tile for a product of `rows` × `columns` results.
+
+    The small tile gives a batch of 128 queries and 384 documents 24 programs; the large one is taken as soon as it
+    fills the GPU. 128 × 128 × 64 halves in 3 stages are 96 KiB of shared memory: within the 99 KiB of sm_86 and sm_89.
+    Exact float32 products run on the ordinary units, whose operands sit in registers: small and shallow.
+    """
+    large = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= 96
+    if dtype != torch.float32:
+        tile = Tile(128, 128, 64, 8, 3) if large else Tile(64, 32, 64, 4, 3)
+    elif dot_precision(dtype) == "tf32":
+        tile = Tile(128, 128, 32, 8, 3) if large else Tile(64, 32, 32, 4, 3)
+    else:
+        tile = Tile(64, 64, 16, 4, 2) if large else Tile(32, 32, 16, 4, 2)
+    return tile._replace(num_stages=2) if on_hip() else tile
+
+
+def splits(programs: int, steps: int, most: int = 256) -> int:
+    """Into how many parts to cut a loop of `steps` steps, so that `programs` of them fill the GPU."""
+    wanted = triton.cdiv(TARGET_PROGRAMS, max(programs, 1))
+    per_part = triton.cdiv(max(steps, 1), max(1, min(wanted, steps, most)))
+    return triton.cdiv(max(steps, 1), per_part)

@@ -1,0 +1,78 @@
+"""Cosine similarity of all pairs: row norms first, then a product whose last step divides by them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_st.kernels.common import dot_precision, launch, product_tile
+from triton_st.kernels.products import dot_rows, sum_parts, weighted_sum
+from triton_st.kernels.rows import Scaled, Statistics, copy_rows, project
+
+GROUP = 8
+"""Row blocks that march together along b, so that b's blocks are still in the L2 cache for the next."""
+
+
+@triton.jit(do_not_specialize=["a_count", "b_count"])
+def _similarity_kernel(
+    a, b, out,  # [M, D], [N, D], [M, N]
+    a_power, a_inverse, b_power, b_inverse, extreme,
+    a_count, b_count, stride,
+    D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    b_blocks = tl.cdiv(b_count, BLOCK_B)
+    group = tl.program_id(0) // (GROUP * b_blocks)
+    within = tl.program_id(0) % (GROUP * b_blocks)
+    group_size = tl.minimum(tl.cdiv(a_count, BLOCK_A) - group * GROUP, GROUP)
+    a_row = (group * GROUP + within % group_size) * BLOCK_A + tl.arange(0, BLOCK_A)
+    b_row = within // group_size * BLOCK_B + tl.arange(0, BLOCK_B)
+    # No product of halves leaves float32's range.
+    if a.dtype.element_ty == tl.float16 or tl.load(extreme) == 0:
+        acc = dot_rows(
+            a, b, a_row, b_row, a_count, b_count, a_power, b_power, D, BLOCK_A, BLOCK_B, BLOCK_K, PRECISION, False
+        )
+    else:
+        acc = dot_rows(
+            a, b, a_row, b_row, a_count, b_count, a_power, b_power, D, BLOCK_A, BLOCK_B, BLOCK_K, PRECISION, True
+        )
+    acc = acc * tl.load(a_inverse + a_row, mask=a_row < a_count, other=0)[:, None]
+    acc = acc * tl.load(b_inverse + b_row, mask=b_row < b_count, other=0)[None, :]
+    at = out + a_row.to(tl.int64)[:, None] * stride + b_row[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(a_row < a_count)[:, None] & (b_row < b_count)[None, :])
+
+
+def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, D], b [N, D] -> [M, N]."""
+    a, b = a.contiguous(), b.contiguous()
+    (m, d), n = a.shape, len(b)
+    out = a.new_empty(m, n)
+    if out.numel() == 0:
+        return out
+    rows = Statistics(a, b)
+    tile = product_tile(a.dtype, m, n)
+    launch(
+        _similarity_kernel, (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),
+        a=a, b=b, out=out, a_power=rows.a_power, a_inverse=rows.a_inverse, b_power=rows.b_power,
+        b_inverse=rows.b_inverse, extreme=rows.extreme, a_count=m, b_count=n, stride=n,
+        D=d, BLOCK_A=tile.rows, BLOCK_B=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(a.dtype), GROUP=GROUP,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def cosine_similarity_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """grad [M, N] -> gradients of a [M, D] and of b [N, D].
+
+    With unit rows û: gradient of û_a = grad @ û_b, of a = (that − û_a (û_a · that)) / ‖a‖; b likewise.
+    """
+    grad, scaled_a, scaled_b = grad.contiguous(), Scaled(a.contiguous()), Scaled(b.contiguous())
+    (m, d), n = a.shape, len(b)
+    everything = slice(None)
+    unit_a, unit_b = copy_rows(scaled_a, scaled_b, everything, everything, unit=True)
+    a_sums = grad.new_empty(sum_parts(a.dtype, m, n, d, m), m, d, dtype=scaled_a.power.dtype)
+    b_sums = grad.new_empty(sum_parts(a.dtype, n, m, d, n), n, d, dtype=scaled_a.power.dtype)
+    weighted_sum(grad, unit_b, a_sums)
+    weighted_sum(grad, unit_a, b_sums, transposed=True)
+    return project(a_sums, scaled_a), project(b_sums, scaled_b)

@@ -1,0 +1,248 @@
+"""Multiple negatives ranking loss, streamed over tiles of the similarity matrix.
+
+Forward: each program walks along a stripe of documents with an online log-sum-exp of the negatives; the positive is
+kept apart, so that loss = log(1 + exp(negatives − positive)) keeps its digits when it is small.
+
+Backward: what a fused kernel would accumulate, [queries, D] in registers, does not fit them for D ≥ 256, and cutting D
+makes it form every similarity again per cut. So a panel of probabilities of at most `PANEL_BYTES` (it stays in the L2
+cache) is formed once and serves two plain products, one for each gradient: three products in all, whatever D.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_st.kernels.common import Tile, dot_precision, launch, product_tile, splits
+from triton_st.kernels.products import dot_rows, sum_parts, weighted_sum
+from triton_st.kernels.rows import COPY_EXPONENT, Scaled, Statistics, copy_rows, project
+
+PANEL_BYTES = 32 << 20
+PANEL_COLUMNS = 4096
+
+WEIGHT_EXPONENT = 13
+"""Probabilities are stored times 2^13 · (1, 2] · (1, 2], the last two being the norms' mantissas: up to 2^15 in half,
+and down to 2^-27 with all 11 bits."""
+Q_WEIGHT = 2.0 ** (COPY_EXPONENT + 1 + WEIGHT_EXPONENT)
+D_WEIGHT = 2.0 ** (COPY_EXPONENT + 1)
+
+
+@triton.jit
+def _negatives(
+    queries, documents, q_row, q_count, d_count, q_power, d_power, q_factor, d_inverse, first, stop,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Maximum and rescaled sum of the negatives' exponentials, and the positive's logit where it is met. [BLOCK_Q]."""
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    positive = tl.zeros([BLOCK_Q], tl.float32)
+    q_start = tl.min(q_row)
+    for start in range(first, stop, BLOCK_M):
+        d_row = start + tl.arange(0, BLOCK_M)
+        logits = dot_rows(
+            queries, documents, q_row, d_row, q_count, d_count, q_power, d_power,
+            D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, SCALED,
+        )  # fmt: skip
+        logits = logits * q_factor[:, None] * tl.load(d_inverse + d_row, mask=d_row < d_count, other=0)[None, :]
+        if (start < q_start + BLOCK_Q) & (q_start < start + BLOCK_M):
+            pair = q_row[:, None] == d_row[None, :]
+            positive += tl.sum(tl.where(pair, logits, 0.0), 1)
+            logits = tl.where(pair, float("-inf"), logits)
+        logits = tl.where((d_row < d_count)[None, :], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        top = new_top
+    return top, total, positive
+
+
+@triton.jit(do_not_specialize=["q_count", "d_count", "part_documents"])
+def _negatives_kernel(
+    queries, documents,  # [B, D], [M, D]
+    q_power, q_inverse, d_power, d_inverse, extreme,
+    tops, totals,  # [parts, B]
+    positives,  # [B]
+    scale,
+    q_count, d_count, part_documents,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    q_row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    part = tl.program_id(1)
+    first = part * part_documents
+    stop = tl.minimum(first + part_documents, d_count)
+    q_factor = tl.load(q_inverse + q_row, mask=q_row < q_count, other=0) * scale
+    # No product of halves leaves float32's range.
+    if queries.dtype.element_ty == tl.float16 or tl.load(extreme) == 0:
+        top, total, positive = _negatives(
+            queries, documents, q_row, q_count, d_count, q_power, d_power, q_factor, d_inverse, first, stop,
+            D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, False,
+        )  # fmt: skip
+    else:
+        top, total, positive = _negatives(
+            queries, documents, q_row, q_count, d_count, q_power, d_power, q_factor, d_inverse, first, stop,
+            D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, True,
+        )  # fmt: skip
+    slot = part.to(tl.int64) * q_count + q_row
+    tl.store(tops + slot, top, mask=q_row < q_count)
+    tl.store(totals + slot, total, mask=q_row < q_count)
+    tl.store(positives + q_row, positive, mask=(q_row < q_count) & (q_row >= first) & (q_row < stop))
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x ≥ 0, to a few units in the last place also where x is small."""
+    one_plus = 1.0 + x
+    # Kahan: the rounding of 1 + x is undone by the factor x / ((1 + x) - 1).
+    return tl.where(one_plus == 1.0, x, tl.log(one_plus) * (x / (one_plus - 1.0)))
+
+
+@triton.jit(do_not_specialize=["q_count", "parts"])
+def _loss_kernel(
+    tops, totals, positives,  # [parts, B], [parts, B], [B]
+    loss, logsumexp,  # [], [B]
+    q_count, parts,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: rows in a fixed order, so that the mean has the same bits every time."""
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, q_count, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        inside = row < q_count
+        top = tl.full([BLOCK], float("-inf"), tl.float32)
+        slot = row.to(tl.int64)
+        for _ in range(0, parts):
+            top = tl.maximum(top, tl.load(tops + slot, mask=inside, other=0))
+            slot += q_count
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.zeros([BLOCK], tl.float32)
+        slot = row.to(tl.int64)
+        for _ in range(0, parts):
+            part_top = tl.load(tops + slot, mask=inside, other=0)
+            total += tl.load(totals + slot, mask=inside, other=0) * tl.exp(part_top - shift)
+            slot += q_count
+        positive = tl.load(positives + row, mask=inside, other=0)
+        gap = shift + tl.log(total) - positive  # -inf where there is no negative
+        row_loss = tl.maximum(gap, 0.0) + _log1p(tl.exp(-tl.abs(gap)))
+        tl.store(logsumexp + row, positive + row_loss, mask=inside)
+        sums += tl.where(inside, row_loss, 0.0)
+    tl.store(loss, tl.sum(sums) / q_count)
+
+
+@triton.jit(do_not_specialize=["q_first", "d_first", "q_count", "d_count", "part_documents", "share_rows"])
+def _weights_kernel(
+    queries, documents,  # one panel's copies [q_count, D], [d_count, D]
+    q_inverse, d_inverse, logsumexp,  # [q_count], [d_count], [q_count]
+    weights,  # [q_count, stride]: probabilities of the negatives, scaled
+    share,  # [parts, share_rows] float32: their plain sums are added here
+    scale,
+    q_first, d_first,  # the panel's first query and document
+    q_count, d_count, part_documents, share_rows, stride,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, Q_WEIGHT: tl.constexpr, D_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    q_row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    part = tl.program_id(1)
+    first = part * part_documents
+    stop = tl.minimum(first + part_documents, d_count)
+    q_inside = q_row < q_count
+    inverse = tl.load(q_inverse + q_row, mask=q_inside, other=0)
+    logsumexp_row = tl.load(logsumexp + q_row, mask=q_inside, other=0)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    for start in range(first, stop, BLOCK_M):
+        d_row = start + tl.arange(0, BLOCK_M)
+        logits = dot_rows(
+            queries, documents, q_row, d_row, q_count, d_count, queries, documents,
+            D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, False,
+        )  # fmt: skip
+        d_factor = tl.load(d_inverse + d_row, mask=d_row < d_count, other=0)
+        logits = logits * (inverse * scale)[:, None] * d_factor[None, :]
+        probability = tl.exp(logits - logsumexp_row[:, None])
+        negative = (q_first + q_row)[:, None] != (d_first + d_row)[None, :]
+        probability = tl.where(negative & (d_row < d_count)[None, :], probability, 0.0)
+        total += tl.sum(probability, 1)
+        weight = probability * (inverse * Q_WEIGHT)[:, None] * (d_factor * D_WEIGHT)[None, :]
+        at = weights + q_row.to(tl.int64)[:, None] * stride + d_row[None, :]
+        tl.store(at, weight.to(weights.dtype.element_ty), mask=q_inside[:, None] & (d_row < d_count)[None, :])
+    at = share + part.to(tl.int64) * share_rows + q_row
+    tl.store(at, tl.load(at, mask=q_inside, other=0) + total, mask=q_inside)
+
+
+def _stripes(tile: Tile, q_count: int, d_count: int, parts: int | None = None) -> tuple[int, int]:
+    """Into how many stripes of documents to cut a matrix, and how many documents make a stripe."""
+    tiles = triton.cdiv(d_count, tile.columns)
+    parts = parts or splits(triton.cdiv(q_count, tile.rows), tiles)
+    return parts, triton.cdiv(tiles, parts) * tile.columns
+
+
+def mnrl_loss_forward(queries: Tensor, documents: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """queries [B, D], documents [M, D] -> the loss [], the log-sum-exp of each query's scaled similarities [B]."""
+    queries, documents = queries.contiguous(), documents.contiguous()
+    (b, d), m = queries.shape, len(documents)
+    rows = Statistics(queries, documents)
+    tile = product_tile(queries.dtype, b, m)
+    parts, part_documents = _stripes(tile, b, m)
+    tops, totals = queries.new_empty(2, parts, b, dtype=torch.float32)
+    positives, logsumexp = queries.new_empty(2, b, dtype=torch.float32)
+    loss = queries.new_empty((), dtype=torch.float32)
+    launch(
+        _negatives_kernel, (triton.cdiv(b, tile.rows), parts),
+        queries=queries, documents=documents, q_power=rows.a_power, q_inverse=rows.a_inverse, d_power=rows.b_power,
+        d_inverse=rows.b_inverse, extreme=rows.extreme, tops=tops, totals=totals, positives=positives, scale=scale,
+        q_count=b, d_count=m, part_documents=part_documents,
+        D=d, BLOCK_Q=tile.rows, BLOCK_M=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(queries.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    launch(
+        _loss_kernel, (1,),
+        tops=tops, totals=totals, positives=positives, loss=loss, logsumexp=logsumexp, q_count=b, parts=parts,
+        BLOCK=min(1024, max(32, triton.next_power_of_2(b))), num_warps=4,
+    )  # fmt: skip
+    return loss, logsumexp
+
+
+def mnrl_loss_backward(
+    grad_loss: Tensor, queries: Tensor, documents: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries [B, D] and of documents [M, D].
+
+    With probabilities p, unit rows q̂, d̂ and r_i = Σ_{j≠i} p_ij = 1 − p_ii, the gradient of q̂_i is in proportion to
+    Σ_{j≠i} p_ij d̂_j − r_i d̂_i, that of d̂_j to Σ_{i≠j} p_ij q̂_i − r_j q̂_j. So the positive's term stays in float32, and
+    is a sum, not a difference from 1.
+    """
+    q, d = Scaled(queries.contiguous()), Scaled(documents.contiguous())
+    (b, width), m = queries.shape, len(documents)
+    dtype = queries.dtype
+    columns = min(m, PANEL_COLUMNS)
+    stride = triton.cdiv(columns, 16) * 16  # 16-byte lines
+    lines = min(b, PANEL_BYTES // (stride * dtype.itemsize))
+    tile = product_tile(dtype, lines, columns)
+    parts, _ = _stripes(tile, lines, columns)
+    share = queries.new_zeros(parts, b, dtype=torch.float32)
+    weights = queries.new_empty(lines, stride)
+    q_parts = sum_parts(dtype, lines, columns, width, b)
+    d_parts = sum_parts(dtype, columns, lines, width, m)
+    q_sums = queries.new_empty(q_parts, b, width, dtype=torch.float32)
+    d_sums = queries.new_empty(d_parts, m, width, dtype=torch.float32)
+    for q_first in range(0, b, lines):
+        q_range = slice(q_first, min(q_first + lines, b))
+        for d_first in range(0, m, columns):
+            d_range = slice(d_first, min(d_first + columns, m))
+            q_copy, d_copy = copy_rows(q, d, q_range, d_range, unit=False)
+            _, part_documents = _stripes(tile, len(q_copy), len(d_copy), parts)
+            launch(
+                _weights_kernel, (triton.cdiv(len(q_copy), tile.rows), parts),
+                queries=q_copy, documents=d_copy, q_inverse=q.inverse[q_range], d_inverse=d.inverse[d_range],
+                logsumexp=logsumexp[q_range], weights=weights, share=share[:, q_range], scale=scale,
+                q_first=q_first, d_first=d_first, q_count=len(q_copy), d_count=len(d_copy),
+                part_documents=part_documents, share_rows=b, stride=stride,
+                D=width, BLOCK_Q=tile.rows, BLOCK_M=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(dtype),
+                Q_WEIGHT=Q_WEIGHT, D_WEIGHT=D_WEIGHT, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+            panel = weights[: len(q_copy), : len(d_copy)]
+            weighted_sum(panel, d_copy, q_sums[:, q_range], accumulate=d_first > 0)
+            weighted_sum(panel, q_copy, d_sums[:, d_range], transposed=True, accumulate=q_first > 0)
+    options = {"share": share, "grad_loss": grad_loss, "coefficient": scale / b, "undo": 1 / (Q_WEIGHT * D_WEIGHT)}
+    return project(q_sums, q, partner=d, **options), project(d_sums, d, partner=q, **options)

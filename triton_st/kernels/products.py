@@ -1,0 +1,113 @@
+"""The two shapes of matrix product that everything here is made of: rows with rows, and weighted sums of rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_st.kernels.common import dot_precision, launch, product_tile, splits
+
+SCRATCH_BYTES = 32 << 20
+"""Most that the parts of split sums may take together."""
+
+
+@triton.jit
+def dot_rows(
+    a, b,  # [a_count, D], [b_count, D]
+    a_row, b_row,  # [BLOCK_A], [BLOCK_B]
+    a_count, b_count, a_power, b_power,
+    D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Dot products of rows a_row of a with rows b_row of b [BLOCK_A, BLOCK_B], summed in float32.
+
+    SCALED multiplies the rows by their powers of two first. Rows past the end count as 0.
+    """
+    k = tl.arange(0, BLOCK_K)
+    a_inside, b_inside = a_row < a_count, b_row < b_count
+    a_at = a + a_row.to(tl.int64)[:, None] * D + k[None, :]
+    b_at = b + b_row.to(tl.int64)[None, :] * D + k[:, None]
+    if SCALED:
+        a_factor = tl.load(a_power + a_row, mask=a_inside, other=0)[:, None]
+        b_factor = tl.load(b_power + b_row, mask=b_inside, other=0)[None, :]
+    acc = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    for start in range(0, D, BLOCK_K):
+        a_mask, b_mask = a_inside[:, None], b_inside[None, :]
+        if D % BLOCK_K != 0:
+            a_mask = a_mask & (start + k < D)[None, :]
+            b_mask = b_mask & (start + k < D)[:, None]
+        x = tl.load(a_at + start, mask=a_mask, other=0)
+        y = tl.load(b_at + start, mask=b_mask, other=0)
+        if SCALED:
+            x = (x * a_factor).to(a.dtype.element_ty)
+            y = (y * b_factor).to(b.dtype.element_ty)
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows", "terms", "part_terms", "out_rows", "accumulate"])
+def _weighted_sum_kernel(
+    weights,  # [rows, terms], TRANSPOSED: [terms, rows]; `stride` from line to line
+    x,  # [terms, D]
+    out,  # [parts, out_rows, D] float32
+    rows, terms, part_terms, out_rows, stride, accumulate,
+    D: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1)
+    row = tl.program_id(0) // COLUMN_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_K)
+    row_inside, column_inside = row < rows, column < D
+    stop = tl.minimum((part + 1) * part_terms, terms)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for start in range(part * part_terms, stop, BLOCK_K):
+        term = start + k
+        inside = term < stop
+        line = term.to(tl.int64)
+        if TRANSPOSED:
+            at = weights + line[:, None] * stride + row[None, :]
+            weight = tl.trans(tl.load(at, mask=inside[:, None] & row_inside[None, :], other=0))
+        else:
+            at = weights + row.to(tl.int64)[:, None] * stride + term[None, :]
+            weight = tl.load(at, mask=row_inside[:, None] & inside[None, :], other=0)
+        value = tl.load(x + line[:, None] * D + column[None, :], mask=inside[:, None] & column_inside[None, :], other=0)
+        acc = tl.dot(weight, value, acc, input_precision=PRECISION)
+    at = out + (part.to(tl.int64) * out_rows + row)[:, None] * D + column[None, :]
+    mask = row_inside[:, None] & column_inside[None, :]
+    if accumulate != 0:
+        acc += tl.load(at, mask=mask, other=0)
+    tl.store(at, acc, mask=mask)
+
+
+def sum_parts(dtype: torch.dtype, rows: int, terms: int, d: int, out_rows: int) -> int:
+    """Into how many parts `weighted_sum` cuts its sums; `out_rows` rows of results are to be kept."""
+    tile = product_tile(dtype, rows, d)
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(d, tile.columns)
+    most = max(1, SCRATCH_BYTES // max(4 * out_rows * d, 1))
+    return splits(programs, triton.cdiv(terms, 2 * tile.depth), most)
+
+
+def weighted_sum(
+    weights: Tensor, x: Tensor, out: Tensor, *, transposed: bool = False, accumulate: bool = False
+) -> None:
+    """weights [rows, terms] @ x [terms, D] into (or on top of) out [parts, rows, D], float32, summed part by part.
+
+    `transposed`: weights are stored [terms, rows]. Lines of `weights` and rows of `out` may lie apart.
+    """
+    terms, d = x.shape
+    rows = weights.shape[1 if transposed else 0]
+    parts = len(out)
+    tile = product_tile(x.dtype, rows, d)
+    column_blocks = triton.cdiv(d, tile.columns)
+    steps = triton.cdiv(terms, tile.depth)
+    launch(
+        _weighted_sum_kernel, (triton.cdiv(rows, tile.rows) * column_blocks, parts),
+        weights=weights, x=x, out=out, rows=rows, terms=terms, part_terms=triton.cdiv(steps, parts) * tile.depth,
+        out_rows=out.stride(0) // max(d, 1), stride=weights.stride(0), accumulate=int(accumulate),
+        D=d, COLUMN_BLOCKS=column_blocks, BLOCK_R=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.depth,
+        TRANSPOSED=transposed, PRECISION=dot_precision(x.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

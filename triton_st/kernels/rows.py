@@ -1,0 +1,271 @@
+"""What is done row by row round the matrix products: norms, copies of safe size, gradients through the norm.
+
+A row of any size becomes power · row, with `power` a power of two (so no bit is lost), times `inverse`, one over the
+norm of that. Squares then neither overflow nor vanish, and half-precision products see numbers of one size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_st.kernels.common import launch
+from triton_st.reference import EPS
+
+BLOCK_ROWS = 16
+BLOCK_COLUMNS = 128
+
+COPY_EXPONENT = 7
+"""Copies have norms in [2^7, 2^8): a half has its full 11 bits for every entry down to 2^-21 of the norm."""
+
+_EPS = tl.constexpr(EPS)
+_COPY_EXPONENT = tl.constexpr(COPY_EXPONENT)
+# Rows shorter than EPS are divided by EPS, not by their norm; their power of two, which no other row has, says so.
+_BELOW_EPS_POWER = tl.constexpr(2.0 ** (COPY_EXPONENT + 41))
+_BELOW_EPS_INVERSE = tl.constexpr(1 / (EPS * 2.0 ** (COPY_EXPONENT + 41)))
+# Entries within 2^±40 need no power of two: products of two rows stay within 2^±80, far from float32's limits.
+_SAFE_EXPONENT = tl.constexpr(40)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2 to the power of an integer in [-126, 127], as float32."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def floor_log2(x):
+    """Exponent of positive float32 numbers; 128 for inf and NaN, -127 for 0 and denormals."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
+def _norms(x, row, count, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Norms of power · x and `power` itself, 1 unless a row's size is extreme. Each [BLOCK_R]."""
+    column = tl.arange(0, BLOCK_D)
+    offset = row.to(tl.int64)[:, None] * D + column[None, :]
+    largest = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    squares = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        mask = (row < count)[:, None] & (start + column < D)[None, :]
+        value = tl.load(x + offset + start, mask=mask, other=0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(value))
+        squares += value * value
+    largest = tl.max(largest, 1)
+    exponent = floor_log2(largest)
+    extreme = (tl.abs(exponent) > _SAFE_EXPONENT) & (exponent < 128) & (largest > 0)
+    power = tl.where(extreme, power_of_two(-tl.minimum(tl.maximum(exponent + 1, -100), 120)), 1.0)
+    if x.dtype.element_ty != tl.float16 and tl.max(extreme.to(tl.int32)) != 0:
+        squares = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            mask = (row < count)[:, None] & (start + column < D)[None, :]
+            value = tl.load(x + offset + start, mask=mask, other=0).to(tl.float32) * power[:, None]
+            squares += value * value
+    return tl.sqrt_rn(tl.sum(squares, 1)), power
+
+
+@triton.jit
+def _write_statistics(
+    x, power_out, inverse_out, extreme_out, block, count, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    norm, power = _norms(x, row, count, D, BLOCK_R, BLOCK_D)
+    floor = _EPS * power
+    inverse = tl.div_rn(1.0, tl.where(norm == 0, 1.0, tl.where(norm < floor, floor, norm)))
+    inverse = tl.where(norm == 0, 0.0, inverse)
+    tl.store(power_out + row, power, mask=row < count)
+    tl.store(inverse_out + row, inverse, mask=row < count)
+    if x.dtype.element_ty != tl.float16 and tl.max((power != 1.0).to(tl.int32)) != 0:
+        tl.atomic_or(extreme_out, 1)
+
+
+@triton.jit(do_not_specialize=["a_count", "b_count"])
+def _statistics_kernel(
+    a, b,  # [M, D], [N, D]
+    a_power, a_inverse, b_power, b_inverse,  # [M], [M], [N], [N]
+    extreme,  # [1], set to 1 if any power is not 1
+    a_count, b_count,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    a_blocks = tl.cdiv(a_count, BLOCK_R)
+    if block < a_blocks:
+        _write_statistics(a, a_power, a_inverse, extreme, block, a_count, D, BLOCK_R, BLOCK_D)
+    else:
+        _write_statistics(b, b_power, b_inverse, extreme, block - a_blocks, b_count, D, BLOCK_R, BLOCK_D)
+
+
+@triton.jit
+def _write_copy(
+    x, copy, power_out, inverse_out, block, count,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    norm, power = _norms(x, row, count, D, BLOCK_R, BLOCK_D)
+    below = (norm < _EPS * power) & (norm > 0)
+    ordinary = (norm > 0) & (norm < float("inf"))
+    shift = tl.where(ordinary, _COPY_EXPONENT - floor_log2(norm), 0)
+    inverse = tl.div_rn(1.0, tl.where(norm == 0, 1.0, norm * power_of_two(shift)))
+    inverse = tl.where(norm == 0, 0.0, tl.where(below, _BELOW_EPS_INVERSE, inverse))
+    power = power_of_two(shift + tl.where(ordinary, floor_log2(power), 0))
+    power = tl.where(norm == 0, 0.0, tl.where(below, _BELOW_EPS_POWER, power))
+    tl.store(power_out + row, power, mask=row < count)
+    tl.store(inverse_out + row, inverse, mask=row < count)
+    column = tl.arange(0, BLOCK_D)
+    offset = row.to(tl.int64)[:, None] * D + column[None, :]
+    for start in range(0, D, BLOCK_D):
+        mask = (row < count)[:, None] & (start + column < D)[None, :]
+        value = tl.load(x + offset + start, mask=mask, other=0).to(tl.float32) * power[:, None]
+        if UNIT:
+            value = value * inverse[:, None]
+        tl.store(copy + offset + start, value.to(copy.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["a_count", "b_count"])
+def _copy_kernel(
+    a, b,  # [M, D], [N, D]
+    a_copy, b_copy,  # the same, scaled
+    a_power, a_inverse, b_power, b_inverse,  # [M], [M], [N], [N]
+    a_count, b_count,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    a_blocks = tl.cdiv(a_count, BLOCK_R)
+    if block < a_blocks:
+        _write_copy(a, a_copy, a_power, a_inverse, block, a_count, D, BLOCK_R, BLOCK_D, UNIT)
+    else:
+        _write_copy(b, b_copy, b_power, b_inverse, block - a_blocks, b_count, D, BLOCK_R, BLOCK_D, UNIT)
+
+
+@triton.jit
+def _through_norm(
+    sums, parts, undo, row, count, x, power, inverse, other, other_factor, start,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One column block of the gradient of the unit rows, and of the unit rows themselves. [BLOCK_R, BLOCK_D] each."""
+    column = start + tl.arange(0, BLOCK_D)
+    mask = (row < count)[:, None] & (column < D)[None, :]
+    offset = row.to(tl.int64)[:, None] * D + column[None, :]
+    grad = tl.load(sums + offset, mask=mask, other=0)
+    at = sums + offset
+    for _ in range(1, parts):
+        at += count.to(tl.int64) * D
+        grad += tl.load(at, mask=mask, other=0)
+    if other is not None:
+        # The row of the positive, taken out of the products: it never meets half precision.
+        positive = tl.load(other + offset, mask=mask & (other_factor != 0)[:, None], other=0).to(tl.float32)
+        grad = grad * undo[:, None] - positive * other_factor[:, None]
+    unit = tl.load(x + offset, mask=mask, other=0).to(tl.float32) * power[:, None] * inverse[:, None]
+    return grad, unit, mask, offset
+
+
+@triton.jit(do_not_specialize=["count", "parts", "other_count", "share_parts"])
+def _project_kernel(
+    sums,  # [parts, count, D] float32: gradient of the unit rows, in parts
+    x, power, inverse, out,  # [count, D], [count], [count], [count, D]
+    other, other_power, other_inverse,  # each row's partner in a positive pair: [other_count ≤ count, D], or None
+    share,  # [share_parts, other_count]: probability that a pair's query gives to other documents, in parts
+    grad_loss,  # [] or None
+    coefficient, undo,
+    count, parts, other_count, share_parts,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_power = tl.load(power + row, mask=row < count, other=0)
+    row_inverse = tl.load(inverse + row, mask=row < count, other=0)
+    row_undo = tl.full([BLOCK_R], 1.0, tl.float32)
+    other_factor = tl.zeros([BLOCK_R], tl.float32)
+    if other is not None:
+        row_undo = tl.div_rn(undo, tl.where(row_inverse == 0, 1.0, row_inverse))
+        paired = (row < count) & (row < other_count)
+        slot = row.to(tl.int64)
+        for _ in range(0, share_parts):
+            other_factor += tl.load(share + slot, mask=paired, other=0)
+            slot += other_count
+        other_factor = other_factor * tl.load(other_power + row, mask=paired, other=0)
+        other_factor = other_factor * tl.load(other_inverse + row, mask=paired, other=0)
+        coefficient = coefficient * tl.load(grad_loss).to(tl.float32)
+    radial = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        grad, unit, mask, offset = _through_norm(
+            sums, parts, row_undo, row, count, x, row_power, row_inverse, other, other_factor, start, D, BLOCK_D
+        )
+        radial += grad * unit
+    radial = tl.where(row_power == _BELOW_EPS_POWER, 0.0, tl.sum(radial, 1))
+    for start in range(0, D, BLOCK_D):
+        grad, unit, mask, offset = _through_norm(
+            sums, parts, row_undo, row, count, x, row_power, row_inverse, other, other_factor, start, D, BLOCK_D
+        )
+        grad = (grad - unit * radial[:, None]) * (coefficient * row_inverse)[:, None] * row_power[:, None]
+        grad = tl.where((row_power == 0)[:, None], 0.0, grad)
+        tl.store(out + offset, grad.to(out.dtype.element_ty), mask=mask)
+
+
+def _blocks(*counts: int) -> int:
+    return sum(triton.cdiv(count, BLOCK_ROWS) for count in counts)
+
+
+class Statistics:
+    """Per-row `power` and `inverse` of two sets of rows, and whether any power is not 1. One launch."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        (m, d), n = a.shape, len(b)
+        self.a_power, self.a_inverse, self.b_power, self.b_inverse = a.new_empty(
+            2 * (m + n), dtype=torch.float32
+        ).split((m, m, n, n))
+        self.extreme = torch.zeros(1, dtype=torch.int32, device=a.device)
+        launch(
+            _statistics_kernel, (_blocks(m, n),),
+            a=a, b=b, a_power=self.a_power, a_inverse=self.a_inverse, b_power=self.b_power, b_inverse=self.b_inverse,
+            extreme=self.extreme, a_count=m, b_count=n, D=d, BLOCK_R=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS, num_warps=4,
+        )  # fmt: skip
+
+
+class Scaled:
+    """Rows [N, D] with the power and inverse that `copy_rows` fills in."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.power, self.inverse = rows.new_empty(2, len(rows), dtype=torch.float32)
+
+
+def copy_rows(a: Scaled, b: Scaled, a_range: slice, b_range: slice, *, unit: bool) -> tuple[Tensor, Tensor]:
+    """Copies of ranges of both sets of rows, their norms in [2^7, 2^8) or 1; fills in power and inverse. One launch."""
+    a_rows, b_rows = a.rows[a_range], b.rows[b_range]
+    a_copy, b_copy = torch.empty_like(a_rows), torch.empty_like(b_rows)
+    launch(
+        _copy_kernel, (_blocks(len(a_rows), len(b_rows)),),
+        a=a_rows, b=b_rows, a_copy=a_copy, b_copy=b_copy,
+        a_power=a.power[a_range], a_inverse=a.inverse[a_range],
+        b_power=b.power[b_range], b_inverse=b.inverse[b_range],
+        a_count=len(a_rows), b_count=len(b_rows), D=a_rows.shape[1],
+        BLOCK_R=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS, UNIT=unit, num_warps=4,
+    )  # fmt: skip
+    return a_copy, b_copy
+
+
+def project(
+    sums: Tensor,
+    x: Scaled,
+    *,
+    partner: Scaled | None = None,
+    share: Tensor | None = None,
+    grad_loss: Tensor | None = None,
+    coefficient: float = 1.0,
+    undo: float = 1.0,
+) -> Tensor:
+    """Gradient of the rows of x from that of their unit rows, which is the sum of the parts of `sums` [parts, N, D]."""
+    out = torch.empty_like(x.rows)
+    count, d = x.rows.shape
+    launch(
+        _project_kernel, (_blocks(count),),
+        sums=sums, x=x.rows, power=x.power, inverse=x.inverse, out=out,
+        other=partner.rows if partner else None, other_power=partner.power if partner else None,
+        other_inverse=partner.inverse if partner else None, share=share, grad_loss=grad_loss,
+        coefficient=coefficient, undo=undo, count=count, parts=len(sums),
+        other_count=0 if share is None else share.shape[1], share_parts=0 if share is None else len(share),
+        D=d, BLOCK_R=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return out
