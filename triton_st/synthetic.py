@@ -8,7 +8,8 @@ synonyms. From scenes, not from words, follow the labels:
   as close to the original's as they can be;
 - graded similarity: 0 to 5, by how much of what either scene says the two share.
 
-Everything follows from `seed` by `random.Random(seed).random()`, whose sequence Python guarantees across versions.
+The scenes are grammatical, not always likely. Everything follows from the seed through `random.Random.random()`, whose
+sequence does not change between versions of Python.
 """
 
 from __future__ import annotations
@@ -50,37 +51,54 @@ class Concept:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(", "))
+    return tuple(text.strip().split(", "))
 
 
-def _nouns(table: dict[str, tuple[str, dict[str, str]]], top: str, kind: str = "") -> list[Concept]:
+def _nouns(table: str, top: str, kind: str = "") -> list[Concept]:
+    """The indented lines of a lexicon table, below the lines they are indented under, below `top`."""
     root = Concept(_words(top), kind=kind)
-    leaves = []
-    for name, (words, children) in table.items():
-        parent = Concept(_words(words), root, kind or name)
-        leaves += [Concept(_words(synonyms), parent, kind or name) for synonyms in children.values()]
+    leaves: list[Concept] = []
+    parent = root
+    for line in table.strip().splitlines():
+        if line.startswith(" "):
+            leaves.append(Concept(_words(line), parent, parent.kind))
+        else:
+            name, words = line.split(": ")
+            parent = Concept(_words(words), root, kind or name)
     return leaves
 
 
-def _dimensions(table: dict[str, dict[str, str]]) -> list[list[Concept]]:
-    return [[Concept(_words(words)) for words in group.values()] for group in table.values()]
+def _verbs(table: str) -> list[Concept]:
+    leaves: list[Concept] = []
+    parent: Concept | None = None
+    for line in table.strip().splitlines():
+        if line.startswith(" "):
+            words, _, roles = line.partition(": ")
+            agents, _, objects = roles.partition(" >")
+            kinds = [kind for kind in _words(objects) if kind]
+            if "goods" in kinds:
+                kinds += lexicon.GOODS
+            leaves.append(Concept(_words(words), parent, agents, tuple(kinds)))
+        else:
+            parent = Concept(_words(line))
+    return leaves
+
+
+def _dimensions(table: str) -> list[list[Concept]]:
+    return [[Concept(_words(words)) for words in line.split(" / ")] for line in table.strip().splitlines()]
 
 
 PEOPLE = _nouns(lexicon.PEOPLE, lexicon.PERSON, "person")
 ANIMALS = _nouns(lexicon.ANIMALS, lexicon.ANIMAL, "animal")
 OBJECTS = _nouns(lexicon.OBJECTS, lexicon.OBJECT)
 PLACES = _nouns(lexicon.PLACES, lexicon.SOMEWHERE)
-TIMES = _nouns(lexicon.TIMES, "at some point")
+TIMES = _nouns(lexicon.TIMES, lexicon.SOMETIME)
+ACTIONS = _verbs(lexicon.ACTIONS)
 MANNERS = _dimensions(lexicon.MANNERS)
 ANIMATE_ATTRIBUTES = _dimensions(lexicon.ANIMATE_ATTRIBUTES)
 OBJECT_ATTRIBUTES = _dimensions(lexicon.OBJECT_ATTRIBUTES)
 FOOD_ATTRIBUTES = _dimensions(lexicon.FOOD_ATTRIBUTES)
-COUNTS = [Concept(_words(words)) for words in lexicon.COUNTS.values()]
-ACTIONS = [
-    Concept(_words(words), Concept(_words(class_words)), agents, tuple(filter(None, objects.split("|"))))
-    for class_words, members in lexicon.ACTIONS.values()
-    for words, agents, objects in members.values()
-]
+COUNTS = _dimensions(lexicon.COUNTS)[0]
 
 
 def _pick(rng: Random, options: Sequence[T]) -> T:
@@ -121,7 +139,7 @@ def _attributes_for(concept: Concept | None) -> list[list[Concept]]:
     if concept is None:
         return []
     if concept.kind in ("person", "animal"):
-        return ANIMATE_ATTRIBUTES
+        return ANIMATE_ATTRIBUTES[1:] if concept.words[0] in lexicon.AGE_IMPLIED else ANIMATE_ATTRIBUTES
     return FOOD_ATTRIBUTES if concept.kind in ("food", "drink") else OBJECT_ATTRIBUTES
 
 
@@ -157,7 +175,7 @@ def _draw_scene(rng: Random) -> Scene:
         attribute = _pick(rng, _pick(rng, _attributes_for(thing))) if rng.random() < 0.6 else None
         scene = replace(scene, object=thing, object_attribute=attribute)
     if rng.random() < 0.6:
-        scene = replace(scene, agent_attribute=_pick(rng, _pick(rng, ANIMATE_ATTRIBUTES)))
+        scene = replace(scene, agent_attribute=_pick(rng, _pick(rng, _attributes_for(agent))))
     if rng.random() < 0.5:
         scene = replace(scene, time=_pick(rng, TIMES))
     if rng.random() < 0.4:
@@ -216,10 +234,11 @@ def _change(rng: Random, scene: Scene, slot: str, near: bool) -> Scene:
     if not choices:
         return scene
     scene = _with(scene, slot, _pick(rng, choices))
-    if slot == "object" and scene.object_attribute is not None:
-        groups = _attributes_for(scene.object)
-        if not any(scene.object_attribute in group for group in groups):
-            scene = replace(scene, object_attribute=_pick(rng, _pick(rng, groups)))
+    attribute: Concept | None = getattr(scene, f"{slot}_attribute", None)
+    if attribute is not None:
+        groups = _attributes_for(getattr(scene, slot))
+        if not any(attribute in group for group in groups):
+            scene = _with(scene, f"{slot}_attribute", _pick(rng, _pick(rng, groups)))
     return scene
 
 
@@ -248,10 +267,13 @@ def _contradict(rng: Random, scene: Scene) -> tuple[Scene, list[str]]:
         return swapped, ["agent", "object"]
     slots = [slot for slot in _SLOTS if slot not in ("count", "time") and getattr(scene, slot) is not None]
     changed: list[str] = []
-    for _ in range(1 if rng.random() < 0.5 else 2):
+    wanted = 1 if rng.random() < 0.5 else 2
+    while len(changed) < wanted:
         slot = _pick(rng, [slot for slot in slots if slot not in changed])
-        scene = _change(rng, scene, slot, near=False)
-        changed.append(slot)
+        other = _change(rng, scene, slot, near=False)
+        if other is not scene:
+            scene = other
+            changed.append(slot)
     return scene, changed
 
 
@@ -298,18 +320,19 @@ class _Speaker:
         self.chosen[concept] = earlier if earlier is not None and reused else _pick(self.rng, others)
         return self.chosen[concept]
 
-    def noun_phrase(self, concept: Concept, attribute: Concept | None, count: Concept | None = None) -> str:
+    def noun_phrase(
+        self, concept: Concept, attribute: Concept | None, count: Concept | None = None, definite: bool = False
+    ) -> str:
         noun = self.word(concept)
         uncounted, noun = noun.startswith("~"), noun.lstrip("~")
         described = f"{self.word(attribute)} {noun}" if attribute else noun
         if count:
             return f"{self.word(count)} {described[: -len(noun)]}{_plural(noun)}"
-        chance = self.rng.random()
-        if chance < 0.3:
+        if definite:
             return f"the {described}"
         if uncounted:
             return f"some {described}"
-        return f"{'an' if described[0] in 'aeiou' and not described.startswith('uni') else 'a'} {described}"
+        return f"{'an' if described[0] in 'aeiou' and not described.startswith('ewe') else 'a'} {described}"
 
 
 def _plural(noun: str) -> str:
@@ -346,8 +369,13 @@ def _inflect(verb: str) -> tuple[str, str, str]:
 def _verbalise(speaker: _Speaker, scene: Scene) -> str:
     """One sentence about the scene, in a form drawn at random."""
     rng = speaker.rng
-    agent = speaker.noun_phrase(scene.agent, scene.agent_attribute, scene.count)
-    thing = speaker.noun_phrase(scene.object, scene.object_attribute) if scene.object else ""
+    framed = rng.random() < 0.2
+    agent = speaker.noun_phrase(
+        scene.agent, scene.agent_attribute, scene.count, definite=not framed and rng.random() < 0.3
+    )
+    thing = ""
+    if scene.object:
+        thing = speaker.noun_phrase(scene.object, scene.object_attribute, definite=rng.random() < 0.3)
     verb = speaker.word(scene.action)
     does, doing, done = _inflect(verb)
     does, be = (verb, "are") if scene.count else (does, "is")
@@ -357,7 +385,7 @@ def _verbalise(speaker: _Speaker, scene: Scene) -> str:
     early, late = (adverb, "") if rng.random() < 0.5 else ("", adverb)
 
     front = ""
-    if rng.random() < 0.3:
+    if not framed and rng.random() < 0.3:
         if time and rng.random() < 0.5:
             front, time = f"{time}, ", ""
         elif place:
@@ -380,7 +408,7 @@ def _verbalise(speaker: _Speaker, scene: Scene) -> str:
     if place:
         forms.append((agent, be, f"{place},", early, doing, thing, late, time))
         forms.append((agent, who, be, place, be, early, doing, thing, late, time))
-    if not front and rng.random() < 0.3:
+    if framed:
         sentence = _pick(rng, lexicon.NOUN_FRAMES).format(_join(agent, *about), be=be)
     else:
         sentence = front + _join(*_pick(rng, forms))
@@ -418,7 +446,7 @@ def synthetic_triplets(n: int = 10_112, seed: int = 42) -> Dataset:
     `synthetic_sts`.
     """
     _check_size(n)
-    rng = Random(seed)
+    rng = Random(f"train {seed}")
     columns: dict[str, list[str]] = {"anchor": [], "positive": [], "negative": []}
     seen: set[str] = set()
     while len(seen) < n:
@@ -445,7 +473,7 @@ def synthetic_sts(n: int = 1_500, seed: int = 42, split: Literal["dev", "test"] 
     _check_size(n)
     if split not in ("dev", "test"):
         raise ValueError(f"split: expected 'dev' or 'test', got {split!r}")
-    rng = Random(seed)
+    rng = Random(f"{split} {seed}")
     first, second, scores = [], [], []
     for _ in range(n):
         scene = _drop_details(rng, _draw_scene(rng), 0.3)

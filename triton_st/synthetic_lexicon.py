@@ -1,589 +1,389 @@
 """The words of the embedded data set: concepts, their synonyms, what they are kinds of, and which go together.
 
-Every table is nested by meaning, the way a generalisation climbs: a boy is a child is a person. A string lists the
-synonyms of one concept. No word belongs to two concepts of the same table, so that the words of a sentence say which
-concepts it is about. Dictionaries and tuples only: their order is part of the data set.
+A line lists the synonyms of one concept; indented lines are kinds of the line above them, so that a generalisation
+climbs: a boy is a child is a person. No word belongs to two concepts of one table: the words of a sentence say which
+concepts it is about. The order of the lines is part of the data set.
 """
 
 from __future__ import annotations
 
-# kind of being -> (its own words, {concept: words})
-PEOPLE: dict[str, tuple[str, dict[str, str]]] = {
-    "child": (
-        "child, kid, youngster",
-        {
-            "boy": "boy, lad, schoolboy",
-            "girl": "girl, lass, schoolgirl",
-            "toddler": "toddler, infant",
-        },
-    ),
-    "adult": (
-        "adult, grown-up",
-        {
-            "man": "man, gentleman, fellow",
-            "woman": "woman, lady",
-            "grandmother": "grandmother, granny",
-            "grandfather": "grandfather, grandpa",
-        },
-    ),
-    "worker": (
-        "worker, labourer",
-        {
-            "builder": "builder, bricklayer",
-            "carpenter": "carpenter, woodworker, joiner",
-            "farmer": "farmer, grower",
-            "mechanic": "mechanic, repairman",
-            "chef": "chef, cook",
-            "waiter": "waiter, server",
-            "tailor": "tailor, dressmaker",
-        },
-    ),
-    "performer": (
-        "performer, entertainer",
-        {
-            "singer": "singer, vocalist",
-            "dancer": "dancer, ballerina",
-            "clown": "clown, jester",
-            "magician": "magician, conjurer, illusionist",
-            "actor": "actor, thespian",
-        },
-    ),
-    "medic": (
-        "medic, health worker",
-        {
-            "doctor": "doctor, physician",
-            "nurse": "nurse, carer",
-            "surgeon": "surgeon",
-            "dentist": "dentist",
-        },
-    ),
-    "officer": (
-        "officer, person in uniform",
-        {
-            "policeman": "policeman, cop, constable",
-            "soldier": "soldier, trooper",
-            "guard": "guard, watchman, sentry",
-            "firefighter": "firefighter, fireman",
-        },
-    ),
-    "athlete": (
-        "athlete, sportsman",
-        {
-            "runner": "runner, sprinter",
-            "boxer": "boxer, prizefighter",
-            "footballer": "footballer, soccer player",
-            "cyclist": "cyclist, bike rider",
-            "gymnast": "gymnast, acrobat",
-        },
-    ),
-    "scholar": (
-        "scholar, academic",
-        {
-            "teacher": "teacher, instructor, tutor",
-            "scientist": "scientist, researcher",
-            "professor": "professor, lecturer",
-            "student": "student, pupil",
-        },
-    ),
-}
+# Before the colon: the kind, by which ACTIONS refers to it.
+PEOPLE = """
+child: child, kid, youngster
+    boy, lad, schoolboy
+    girl, lass, schoolgirl
+    toddler, infant
+adult: adult, grown-up
+    man, gentleman, fellow
+    woman, lady
+    grandmother, granny
+    grandfather, grandpa
+worker: worker, labourer
+    builder, bricklayer
+    carpenter, woodworker, joiner
+    farmer, grower
+    mechanic, repairman
+    chef, cook
+    waiter, server
+    tailor, dressmaker
+performer: performer, entertainer
+    singer, vocalist
+    dancer, ballerina
+    clown, jester
+    magician, conjurer, illusionist
+    actor, thespian
+medic: medic, health worker
+    doctor, physician
+    nurse, carer
+    surgeon
+    dentist
+officer: officer, person in uniform
+    policeman, cop, constable
+    soldier, trooper
+    guard, watchman, sentry
+    firefighter, fireman
+athlete: athlete, sportsman
+    runner, sprinter
+    boxer, prizefighter
+    footballer, soccer player
+    cyclist, bike rider
+    gymnast, acrobat
+scholar: scholar, academic
+    teacher, instructor, tutor
+    scientist, researcher
+    professor, lecturer
+    student, pupil
+"""
 PERSON = "person, human being, individual"
 
-ANIMALS: dict[str, tuple[str, dict[str, str]]] = {
-    "pet": (
-        "pet, house pet",
-        {
-            "dog": "dog, hound, puppy",
-            "cat": "cat, kitten, tomcat",
-            "rabbit": "rabbit, bunny",
-        },
-    ),
-    "farm animal": (
-        "farm animal, domestic animal",
-        {
-            "horse": "horse, pony, stallion",
-            "cow": "cow, heifer",
-            "goat": "goat",
-            "sheep": "sheep, ewe",
-            "pig": "pig, hog, piglet",
-            "donkey": "donkey, mule",
-        },
-    ),
-    "wild animal": (
-        "wild animal, beast",
-        {
-            "bear": "bear, grizzly",
-            "wolf": "wolf",
-            "fox": "fox, vixen",
-            "lion": "lion, big cat",
-            "monkey": "monkey, ape",
-            "elephant": "elephant",
-        },
-    ),
-    "bird": (
-        "bird, feathered animal",
-        {
-            "eagle": "eagle",
-            "duck": "duck, mallard",
-            "pigeon": "pigeon, dove",
-            "crow": "crow, raven",
-            "hen": "hen, chicken",
-        },
-    ),
-}
+ANIMALS = """
+pet: pet, house pet
+    dog, hound, puppy
+    cat, kitten, tomcat
+    rabbit, bunny
+farm animal: farm animal, domestic animal
+    horse, pony, stallion
+    cow, heifer
+    goat
+    sheep, ewe
+    pig, hog, piglet
+    donkey, mule
+wild animal: wild animal, beast
+    bear, grizzly
+    wolf
+    fox, vixen
+    lion, big cat
+    monkey, ape
+    elephant
+bird: bird, feathered animal
+    eagle
+    duck, mallard
+    pigeon, dove
+    crow, raven
+    hen, chicken
+"""
 ANIMAL = "animal, creature"
 
-# "~" marks a word that takes no article of its own: "some bread".
-OBJECTS: dict[str, tuple[str, dict[str, str]]] = {
-    "vehicle": (
-        "vehicle, means of transport",
-        {
-            "car": "car, automobile, sedan",
-            "bicycle": "bicycle, bike, cycle",
-            "truck": "truck, lorry",
-            "motorcycle": "motorcycle, motorbike",
-            "boat": "boat, rowing boat",
-            "wagon": "wagon, cart",
-            "tractor": "tractor",
-        },
-    ),
-    "musical instrument": (
-        "musical instrument, instrument",
-        {
-            "guitar": "guitar, acoustic guitar",
-            "violin": "violin, fiddle",
-            "piano": "piano, grand piano",
-            "drum": "drum, snare drum",
-            "flute": "flute, wooden flute",
-            "trumpet": "trumpet, bugle",
-            "harp": "harp",
-        },
-    ),
-    "food": (
-        "~food, ~nourishment",
-        {
-            "bread": "~bread, loaf, baguette",
-            "apple": "apple",
-            "cake": "cake, sponge cake",
-            "soup": "~soup, ~broth, ~stew",
-            "meat": "~meat, steak, ~beef",
-            "cheese": "~cheese, ~cheddar",
-            "potato": "potato, spud",
-        },
-    ),
-    "drink": (
-        "drink, beverage",
-        {
-            "coffee": "~coffee, espresso",
-            "tea": "~tea, ~green tea",
-            "juice": "~juice, ~fruit juice",
-            "beer": "~beer, ~ale",
-            "wine": "~wine, ~claret",
-            "milk": "~milk",
-        },
-    ),
-    "garment": (
-        "garment, piece of clothing",
-        {
-            "coat": "coat, jacket, anorak",
-            "hat": "hat, cap, bonnet",
-            "shirt": "shirt, blouse",
-            "dress": "dress, gown",
-            "scarf": "scarf, shawl",
-            "sweater": "sweater, pullover, jersey",
-        },
-    ),
-    "tool": (
-        "tool, implement",
-        {
-            "hammer": "hammer, mallet",
-            "shovel": "shovel, spade",
-            "broom": "broom",
-            "ladder": "ladder, stepladder",
-            "axe": "axe, hatchet",
-            "wrench": "wrench, spanner",
-        },
-    ),
-    "toy": (
-        "toy, plaything",
-        {
-            "ball": "ball, football",
-            "doll": "doll, rag doll",
-            "kite": "kite",
-            "teddy": "teddy bear, stuffed animal",
-            "balloon": "balloon",
-        },
-    ),
-    "text": (
-        "text, piece of writing",
-        {
-            "book": "book, novel, paperback",
-            "newspaper": "newspaper, daily paper",
-            "letter": "letter, note, message",
-            "poem": "poem, verse",
-            "report": "report, article",
-            "magazine": "magazine, journal",
-        },
-    ),
-    "container": (
-        "container, receptacle",
-        {
-            "box": "box, crate, carton",
-            "bag": "bag, sack, pouch",
-            "basket": "basket, hamper",
-            "bucket": "bucket, pail",
-            "suitcase": "suitcase, trunk",
-            "bottle": "bottle, flask",
-        },
-    ),
-    "piece of furniture": (
-        "piece of furniture, furnishing",
-        {
-            "chair": "chair, seat",
-            "table": "table, desk",
-            "sofa": "sofa, couch",
-            "bed": "bed, cot",
-            "cupboard": "cupboard, wardrobe, cabinet",
-            "shelf": "shelf, bookcase",
-        },
-    ),
-    "device": (
-        "device, gadget",
-        {
-            "phone": "phone, telephone, handset",
-            "camera": "camera",
-            "computer": "computer, laptop",
-            "radio": "radio, wireless",
-            "television": "television, TV set",
-            "clock": "clock, alarm clock",
-        },
-    ),
-    "structure": (
-        "structure, construction",
-        {
-            "fence": "fence, railing",
-            "wall": "wall, brick wall",
-            "house": "house, cottage, bungalow",
-            "shed": "shed, hut, cabin",
-            "gate": "gate, garden gate",
-        },
-    ),
-    "picture": (
-        "picture, image",
-        {
-            "portrait": "portrait, likeness",
-            "landscape": "landscape, country scene",
-            "sketch": "sketch, doodle, drawing",
-            "poster": "poster, placard",
-        },
-    ),
-    "plant": (
-        "plant, ~greenery",
-        {
-            "flower": "flower, blossom",
-            "rose": "rose",
-            "tree": "tree, sapling",
-            "bush": "bush, shrub, hedge",
-        },
-    ),
-}
+# "~" marks a word that is not counted: "some bread".
+OBJECTS = """
+vehicle: vehicle, means of transport
+    car, automobile, sedan
+    bicycle, bike, cycle
+    truck, lorry
+    motorcycle, motorbike
+    boat, rowing boat
+    wagon, cart
+    tractor
+musical instrument: musical instrument, instrument
+    guitar, acoustic guitar
+    violin, fiddle
+    piano, grand piano
+    drum, snare drum
+    flute, wooden flute
+    trumpet, bugle
+    harp
+food: ~food, ~nourishment
+    ~bread, loaf, baguette
+    apple
+    cake, sponge cake
+    ~soup, ~broth, ~stew
+    ~meat, steak, ~beef
+    ~cheese, ~cheddar
+    potato, spud
+drink: drink, beverage
+    ~coffee, espresso
+    ~tea, ~green tea
+    ~juice, ~fruit juice
+    ~beer, ~ale
+    ~wine, ~claret
+    ~milk
+garment: garment, piece of clothing
+    coat, jacket, anorak
+    hat, cap, bonnet
+    shirt, blouse
+    dress, gown
+    scarf, shawl
+    sweater, pullover, jersey
+tool: tool, implement
+    hammer, mallet
+    shovel, spade
+    broom
+    ladder, stepladder
+    axe, hatchet
+    wrench, spanner
+toy: toy, plaything
+    ball, football
+    doll, rag doll
+    kite
+    teddy bear, stuffed animal
+    balloon
+text: text, piece of writing
+    book, novel, paperback
+    newspaper, daily paper
+    letter, note, message
+    poem, verse
+    report, article
+    magazine, journal
+container: container, receptacle
+    box, crate, carton
+    bag, sack, pouch
+    basket, hamper
+    bucket, pail
+    suitcase, trunk
+    bottle, flask
+piece of furniture: piece of furniture, furnishing
+    chair, seat
+    table, desk
+    sofa, couch
+    bed, cot
+    cupboard, wardrobe, cabinet
+    shelf, bookcase
+device: device, gadget
+    phone, telephone, handset
+    camera
+    computer, laptop
+    radio, wireless
+    television, TV set
+    clock, alarm clock
+structure: structure, construction
+    fence, railing
+    wall, brick wall
+    house, cottage, bungalow
+    shed, hut, cabin
+    gate, garden gate
+picture: picture, image
+    portrait, likeness
+    landscape, country scene
+    sketch, doodle, drawing
+    poster, placard
+plant: plant, ~greenery
+    flower, blossom
+    rose
+    tree, sapling
+    bush, shrub, hedge
+"""
 OBJECT = "thing, object, item"
 
-_ANIMATE = "person animal"
-_GOODS = "vehicle|musical instrument|garment|tool|toy|text|container|piece of furniture|device|picture|plant"
-
-# kind of action -> (its own words, {concept: (words, who can do it, what it is done to)}). A verb is given in its base
-# form, with the preposition that goes with it; what it is done to is empty for an intransitive verb.
-ACTIONS: dict[str, tuple[str, dict[str, tuple[str, str, str]]]] = {
-    "improve": (
-        "work on, attend to",
-        {
-            "repair": (
-                "repair, fix, mend",
-                "person",
-                "vehicle|musical instrument|piece of furniture|device|structure|toy|garment",
-            ),
-            "clean": ("clean, wash, scrub", "person", "vehicle|container|piece of furniture|tool|garment|structure"),
-            "paint": ("paint, decorate, varnish", "person", "structure|piece of furniture|vehicle|toy"),
-            "build": ("build, construct, assemble", "person", "structure|piece of furniture|toy|vehicle"),
-        },
-    ),
-    "move": (
-        "move, shift",
-        {
-            "carry": (
-                "carry, haul, lug",
-                "person",
-                "container|piece of furniture|tool|musical instrument|plant|device|picture",
-            ),
-            "push": ("push, shove", "person", "vehicle|piece of furniture|container"),
-            "pull": ("pull, drag, tow", "person animal", "vehicle|container"),
-            "lift": ("lift, raise, hoist", "person", "container|tool|piece of furniture|toy"),
-            "throw": ("throw, toss, hurl", "person", "toy|container|tool|garment"),
-        },
-    ),
-    "consume": (
-        "consume, swallow",
-        {
-            "eat": ("eat, devour, munch", "person animal", "food"),
-            "taste": ("taste, sample, try", "person", "food|drink"),
-            "drink": ("drink, sip, gulp down", "person", "drink"),
-        },
-    ),
-    "prepare": (
-        "prepare, fix up",
-        {
-            "cook": ("cook, boil, heat up", "person", "food"),
-            "cut": ("chop, slice, carve", "person", "food"),
-            "pour": ("pour, serve, dish up", "person", "drink|food"),
-        },
-    ),
-    "acquire": (
-        "acquire, get hold of, obtain",
-        {
-            "buy": ("buy, purchase, pay for", "person", f"{_GOODS}|food|drink"),
-            "steal": ("steal, pinch, make off with", "person", f"{_GOODS}|food"),
-            "find": ("find, discover, come across", "person", _GOODS),
-            "borrow": ("borrow, rent", "person", "vehicle|musical instrument|tool|text|device"),
-        },
-    ),
-    "part with": (
-        "part with, get rid of",
-        {
-            "sell": ("sell, trade", "person", f"{_GOODS}|food|drink"),
-            "throw away": ("throw away, discard, dump", "person", _GOODS),
-            "give away": ("give away, donate", "person", f"{_GOODS}|food"),
-        },
-    ),
-    "damage": (
-        "damage, ruin",
-        {
-            "break": ("break, smash, shatter", "person", "device|container|toy|musical instrument|piece of furniture"),
-            "burn": ("burn, set fire to", "person", "text|picture|structure|piece of furniture|garment"),
-            "tear": ("tear up, rip apart, shred", "person animal", "text|picture|garment"),
-            "scratch": ("scratch, scrape", "person animal", "vehicle|piece of furniture|picture|structure"),
-        },
-    ),
-    "perceive": (
-        "notice, pay attention to",
-        {
-            "watch": ("watch, observe, look at", _ANIMATE, f"person|animal|{_GOODS}|structure"),
-            "smell": ("smell, sniff", _ANIMATE, "food|plant|garment"),
-            "listen to": ("listen to, listen in on", _ANIMATE, "person|musical instrument"),
-        },
-    ),
-    "study": (
-        "work with, concentrate on",
-        {
-            "read": ("read, leaf through, browse", "person", "text"),
-            "write": ("write, compose, pen", "person", "text"),
-            "copy": ("copy, duplicate, reproduce", "person", "text|picture"),
-        },
-    ),
-    "make art": (
-        "portray, depict",
-        {
-            "draw": ("draw, sketch, outline", "person", "person|animal|vehicle|plant|structure"),
-            "photograph": ("photograph, take a picture of, film", "person", f"person|animal|{_GOODS}|structure"),
-        },
-    ),
-    "operate": (
-        "use, handle, operate",
-        {
-            "play": ("play, perform on, practise on", "person", "musical instrument"),
-            "drive": ("drive, steer", "person", "vehicle"),
-            "switch off": ("switch off, turn off", "person", "device"),
-            "tune": ("tune, adjust", "person", "musical instrument|device"),
-        },
-    ),
-    "deal with": (
-        "meet, encounter",
-        {
-            "greet": ("greet, welcome, say hello to", "person", "person"),
-            "help": ("help, assist, aid", "person", "person|animal"),
-            "hug": ("hug, embrace, cuddle", "person", "person|animal"),
-            "thank": ("thank, show gratitude to", "person", "person"),
-            "interview": ("interview, question", "person", "person"),
-        },
-    ),
-    "trouble": (
-        "bother, disturb, harass",
-        {
-            "chase": ("chase, pursue, run after", _ANIMATE, "person|animal"),
-            "attack": ("attack, assault", _ANIMATE, "person|animal"),
-            "scare": ("scare, frighten, startle", _ANIMATE, "person|animal"),
-            "tease": ("tease, mock, make fun of", "person", "person|animal"),
-            "insult": ("insult, curse", "person", "person"),
-        },
-    ),
-    "care for": (
-        "care for, look after",
-        {
-            "feed": ("feed, nourish", "person", "animal"),
-            "stroke": ("stroke, pet, caress", "person", "animal"),
-            "groom": ("groom, brush", "person", "animal"),
-        },
-    ),
-    "grow": (
-        "tend, cultivate",
-        {
-            "plant": ("plant", "person", "plant"),
-            "water": ("water, irrigate, sprinkle", "person", "plant"),
-            "prune": ("prune, trim", "person", "plant"),
-        },
-    ),
-    "go": (
-        "get about, get around",
-        {
-            "run": ("run, sprint, dash around", _ANIMATE, ""),
-            "walk": ("walk, stroll, wander around", _ANIMATE, ""),
-            "jump": ("jump, leap, hop around", _ANIMATE, ""),
-            "climb": ("climb, clamber", _ANIMATE, ""),
-            "crawl": ("crawl, creep", _ANIMATE, ""),
-        },
-    ),
-    "rest": (
-        "rest, relax",
-        {
-            "sleep": ("sleep, nap, doze", _ANIMATE, ""),
-            "sit": ("sit, sit down", _ANIMATE, ""),
-            "lie": ("lie down, stretch out", _ANIMATE, ""),
-        },
-    ),
-    "sound": (
-        "make a noise, make a sound",
-        {
-            "sing": ("sing, croon", "person", ""),
-            "shout": ("shout, yell, scream", "person", ""),
-            "laugh": ("laugh, giggle, chuckle", "person", ""),
-            "cry": ("cry, weep, sob", "person", ""),
-            "talk": ("talk, chat, speak", "person", ""),
-        },
-    ),
-    "exercise": (
-        "exercise, work out",
-        {
-            "dance": ("dance, waltz", "person", ""),
-            "swim": ("swim, bathe", _ANIMATE, ""),
-            "skate": ("skate", "person", ""),
-            "box": ("fight, brawl", "person", ""),
-        },
-    ),
-}
-PLACES: dict[str, tuple[str, dict[str, str]]] = {
-    "indoors": (
-        "indoors, inside, inside a building",
-        {
-            "kitchen": "in the kitchen, by the stove",
-            "bedroom": "in the bedroom, in the sleeping quarters",
-            "garage": "in the garage, in the workshop",
-            "shop": "in the shop, in a store, at the supermarket",
-            "school": "at school, in the classroom",
-            "hospital": "at the hospital, in a clinic",
-            "restaurant": "in a restaurant, in a café, at the diner",
-            "library": "in the library, in the reading room",
-            "museum": "in a museum, in an art gallery",
-            "theatre": "in the theatre, on the stage",
-            "office": "in the office, at headquarters",
-            "gym": "at the gym, in the fitness centre",
-            "church": "in the church, in a chapel",
-        },
-    ),
-    "outdoors": (
-        "outdoors, outside, in the open air",
-        {
-            "park": "in the park, on the lawn",
-            "street": "in the street, on the road, on the pavement",
-            "forest": "in the forest, in the woods",
-            "field": "in a field, in the meadow",
-            "farm": "on the farm, in the farmyard",
-            "market": "at the market, in the bazaar",
-            "mountain": "on a hill, on the mountain",
-            "station": "at the station, on the platform",
-            "garden": "in the garden, in the backyard",
-            "desert": "in the desert, among the dunes",
-        },
-    ),
-    "by the water": (
-        "near the water, by the water",
-        {
-            "beach": "on the beach, at the seaside, on the shore",
-            "river": "by the river, beside a stream",
-            "lake": "by the lake, next to a pond",
-            "harbour": "in the harbour, at the port, on the pier",
-        },
-    ),
-}
+PLACES = """
+indoors: indoors, inside, inside a building
+    in the kitchen, by the stove
+    in the bedroom, in the sleeping quarters
+    in the garage, in the workshop
+    in the shop, in a store, at the supermarket
+    at school, in the classroom
+    at the hospital, in a clinic
+    in a restaurant, in a café, at the diner
+    in the library, in the reading room
+    in a museum, in an art gallery
+    in the theatre, on the stage
+    in the office, at headquarters
+    at the gym, in the fitness centre
+    in the church, in a chapel
+outdoors: outdoors, outside, in the open air
+    in the park, on the lawn
+    in the street, on the road, on the pavement
+    in the forest, in the woods
+    in a field, in the meadow
+    on the farm, in the farmyard
+    at the market, in the bazaar
+    on a hill, on the mountain
+    at the station, on the platform
+    in the garden, in the backyard
+    in the desert, among the dunes
+by the water: near the water, by the water
+    on the beach, at the seaside, on the shore
+    by the river, beside a stream
+    by the lake, next to a pond
+    in the harbour, at the port, on the pier
+"""
 SOMEWHERE = "somewhere"
 
-TIMES: dict[str, tuple[str, dict[str, str]]] = {
-    "day": (
-        "during the day, in the daytime",
-        {
-            "morning": "in the morning, at dawn, at sunrise",
-            "noon": "at noon, at midday, around lunchtime",
-            "afternoon": "in the afternoon, after lunch",
-        },
-    ),
-    "late": (
-        "late in the day",
-        {
-            "evening": "in the evening, at dusk, at sunset",
-            "night": "at night, after dark, at midnight",
-        },
-    ),
-    "season": (
-        "at that time of year",
-        {
-            "winter": "in winter, in the cold season, in January",
-            "summer": "in summer, in the hot season, in July",
-            "autumn": "in autumn, at harvest time",
-            "spring": "in spring, at Easter",
-        },
-    ),
-}
+TIMES = """
+day: during the day, in the daytime
+    in the morning, at dawn, at sunrise
+    at noon, at midday, around lunchtime
+    in the afternoon, after lunch
+late: late in the day
+    in the evening, at dusk, at sunset
+    at night, after dark, at midnight
+season: at that time of year
+    in winter, in the cold season, in January
+    in summer, in the hot season, in July
+    in autumn, at harvest time
+    in spring, at Easter
+"""
+SOMETIME = "at some point"
 
-# Concepts of one dimension exclude each other: a contradiction replaces one by another.
-MANNERS: dict[str, dict[str, str]] = {
-    "speed": {"fast": "quickly, rapidly, swiftly", "slow": "slowly, unhurriedly, leisurely"},
-    "noise": {"quiet": "quietly, silently, noiselessly", "loud": "loudly, noisily"},
-    "care": {"careful": "carefully, cautiously", "careless": "carelessly, clumsily"},
-    "mood": {"glad": "happily, cheerfully, joyfully", "sad": "sadly, gloomily", "angry": "angrily, furiously"},
-}
+# What can be carried off, bought or looked at.
+GOODS = (
+    "vehicle",
+    "musical instrument",
+    "garment",
+    "tool",
+    "toy",
+    "text",
+    "container",
+    "piece of furniture",
+    "device",
+    "picture",
+    "plant",
+)
 
-ANIMATE_ATTRIBUTES: dict[str, dict[str, str]] = {
-    "age": {"old": "old, elderly, aged", "young": "young, youthful"},
-    "height": {"tall": "tall, lanky", "short": "short, stocky"},
-    "weight": {"fat": "fat, plump, chubby", "thin": "thin, slender, skinny"},
-    "energy": {"tired": "tired, weary, exhausted", "lively": "lively, energetic"},
-    "courage": {"brave": "brave, fearless", "timid": "timid, shy, anxious"},
-    "hunger": {"hungry": "hungry, starving", "sated": "well-fed, satisfied"},
-    "strength": {"strong": "strong, muscular, powerful", "weak": "weak, frail, feeble"},
-    "character": {"friendly": "friendly, kind, gentle", "nasty": "nasty, hostile"},
-}
+# A verb is given in its base form, with the preposition that goes with it. Indented: who does it > what it is done to;
+# the latter is empty for an intransitive verb. "goods" stands for all of GOODS.
+ACTIONS = """
+work on, attend to
+    repair, fix, mend: person > vehicle, musical instrument, piece of furniture, device, structure, toy, garment
+    clean, wash, scrub: person > vehicle, container, piece of furniture, tool, garment, structure
+    paint, decorate, varnish: person > structure, piece of furniture, vehicle, toy
+    build, construct, assemble: person > structure, piece of furniture, toy, vehicle
+move, shift
+    carry, haul, lug: person > container, piece of furniture, tool, musical instrument, plant, device, picture
+    push, shove: person > vehicle, piece of furniture, container
+    pull, drag, tow: person, animal > vehicle, container
+    lift, raise, hoist: person > container, tool, piece of furniture, toy
+    throw, toss, hurl: person > toy, container, tool, garment
+consume, swallow
+    eat, devour, munch: person, animal > food
+    taste, sample, try: person > food, drink
+    drink, sip, gulp down: person > drink
+prepare, fix up
+    cook, boil, heat up: person > food
+    chop, slice, carve: person > food
+    pour, serve, dish up: person > drink, food
+acquire, get hold of, obtain
+    buy, purchase, pay for: person > goods, food, drink
+    steal, pinch, make off with: person > goods, food
+    find, discover, come across: person > goods
+    borrow, rent: person > vehicle, musical instrument, tool, text, device
+part with, get rid of
+    sell, trade: person > goods, food, drink
+    throw away, discard, dump: person > goods
+    give away, donate: person > goods, food
+damage, ruin
+    break, smash, shatter: person > device, container, toy, musical instrument, piece of furniture
+    burn, set fire to: person > text, picture, structure, piece of furniture, garment
+    tear up, rip apart, shred: person, animal > text, picture, garment
+    scratch, scrape: person, animal > vehicle, piece of furniture, picture, structure
+notice, pay attention to
+    watch, observe, look at: person, animal > person, animal, goods, structure
+    smell, sniff: person, animal > food, plant, garment
+    listen to, listen in on: person, animal > person, musical instrument
+work with, concentrate on
+    read, leaf through, browse: person > text
+    write, compose, pen: person > text
+    copy, duplicate, reproduce: person > text, picture
+portray, depict
+    draw, sketch, outline: person > person, animal, vehicle, plant, structure
+    photograph, take a picture of, film: person > person, animal, goods, structure
+use, handle, operate
+    play, perform on, practise on: person > musical instrument
+    drive, steer: person > vehicle
+    switch off, turn off: person > device
+    tune, adjust: person > musical instrument, device
+meet, encounter
+    greet, welcome, say hello to: person > person
+    help, assist, aid: person > person, animal
+    hug, embrace, cuddle: person > person, animal
+    thank, show gratitude to: person > person
+    interview, question: person > person
+bother, disturb, harass
+    chase, pursue, run after: person, animal > person, animal
+    attack, assault: person, animal > person, animal
+    scare, frighten, startle: person, animal > person, animal
+    tease, mock, make fun of: person > person, animal
+    insult, curse: person > person
+care for, look after
+    feed, nourish: person > animal
+    stroke, pet, caress: person > animal
+    groom, brush: person > animal
+tend, cultivate
+    plant: person > plant
+    water, irrigate, sprinkle: person > plant
+    prune, trim: person > plant
+get about, get around
+    run, sprint, dash around: person, animal >
+    walk, stroll, wander around: person, animal >
+    jump, leap, hop around: person, animal >
+    climb, clamber: person, animal >
+    crawl, creep: person, animal >
+rest, relax
+    sleep, nap, doze: person, animal >
+    sit, sit down: person, animal >
+    lie down, stretch out: person, animal >
+make a noise, make a sound
+    sing, croon: person >
+    shout, yell, scream: person >
+    laugh, giggle, chuckle: person >
+    cry, weep, sob: person >
+    talk, chat, speak: person >
+exercise, work out
+    dance, waltz: person >
+    swim, bathe: person, animal >
+    skate: person >
+    fight, brawl: person >
+"""
 
-OBJECT_ATTRIBUTES: dict[str, dict[str, str]] = {
-    "colour": {
-        "red": "red, scarlet",
-        "blue": "blue, navy",
-        "green": "green, emerald",
-        "black": "black, jet-black",
-        "white": "white, snow-white",
-        "yellow": "yellow, golden",
-    },
-    "size": {"big": "big, large, huge", "small": "small, little, tiny"},
-    "novelty": {"old": "ancient, antique", "new": "new, brand-new, modern"},
-    "price": {"cheap": "cheap, inexpensive", "expensive": "expensive, costly, pricey"},
-    "beauty": {"beautiful": "beautiful, pretty, lovely", "ugly": "ugly, hideous"},
-    "cleanliness": {"dirty": "dirty, filthy, grimy", "clean": "spotless, immaculate"},
-}
+# A line is a dimension; its concepts, parted by "/", exclude each other: a contradiction replaces one by another.
+MANNERS = """
+quickly, rapidly, swiftly / slowly, unhurriedly, leisurely
+quietly, silently, noiselessly / loudly, noisily
+carefully, cautiously / carelessly, clumsily
+happily, cheerfully, joyfully / sadly, gloomily / angrily, furiously
+"""
 
-FOOD_ATTRIBUTES: dict[str, dict[str, str]] = {
-    "temperature": {"hot": "hot, steaming", "cold": "cold, chilled"},
-    "taste": {"tasty": "tasty, delicious, yummy", "awful": "awful, disgusting"},
-    "freshness": {"fresh": "fresh, home-made", "stale": "stale, spoiled"},
-}
+ANIMATE_ATTRIBUTES = """
+old, elderly, aged / young, youthful
+tall, lanky / short, stocky
+fat, plump, chubby / thin, slender, skinny
+tired, weary, exhausted / lively, energetic
+brave, fearless / timid, shy, anxious
+hungry, starving / well-fed, satisfied
+strong, muscular, powerful / weak, frail, feeble
+friendly, kind, gentle / nasty, hostile
+"""
 
-COUNTS: dict[str, str] = {"two": "two, a pair of, a couple of", "several": "several, a group of, a few"}
+OBJECT_ATTRIBUTES = """
+red, scarlet / blue, navy / green, emerald / black, jet-black / white, snow-white / yellow, golden
+big, large, huge / small, little, tiny
+ancient, antique / new, brand-new, modern
+cheap, inexpensive / expensive, costly, pricey
+beautiful, pretty, lovely / ugly, hideous
+dirty, filthy, grimy / spotless, immaculate
+"""
+
+FOOD_ATTRIBUTES = """
+hot, steaming / cold, chilled
+tasty, delicious, yummy / awful, disgusting
+fresh, home-made / stale, spoiled
+"""
+
+COUNTS = """
+two, a pair of, a couple of / several, a group of, a few
+"""
+
+# Whose age is in the word already: no "elderly toddler".
+AGE_IMPLIED = ("boy", "girl", "toddler", "child", "grandmother", "grandfather")
 
 # What a sentence can be wrapped in without a change of what it is about; "{}" is a whole clause.
 CLAUSE_FRAMES = (
@@ -603,7 +403,7 @@ CLAUSE_FRAMES = (
     "{}, as the caption explains",
 )
 
-# ... and "{}" is a noun phrase with a participle: "a boy eating an apple".
+# ... and "{}" is a noun phrase with a participle: "a boy eating an apple". It is indefinite.
 NOUN_FRAMES = (
     "there {be} {}",
     "this is a snapshot of {}",
