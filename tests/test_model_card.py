@@ -402,6 +402,20 @@ def test_training_log_merges_losses_and_primary_metrics_by_step(model: SentenceT
     assert "The bold row" in text
 
 
+def test_the_best_steps_metrics_are_shown_where_training_went_back_to_it(model: SentenceTransformer) -> None:
+    history = [{"eval_sts-dev_pearson_cosine": 0.31, "eval_sts-dev_spearman_max": 0.77, "epoch": 0.5, "step": 40}]
+    data = train(model, log_history=history)
+    data.set_best_model_step(40)
+    card = data.to_card(model)
+    first, second = tables(section(card, "### Metrics"))
+    assert first[1:] == [["pearson_cosine", "0.31"], ["<strong>spearman_max</strong>", "<strong>0.77</strong>"]]
+    assert second[1] == ["pearson_cosine", "0.3062"]  # step 40 has none of sts-test: the latest
+    assert metadata(card)["model-index"][0]["results"][0]["metrics"][1]["value"] == 0.77
+    made, metrics = evaluator("sts-dev", {"pearson_cosine": 0.32, "spearman_max": 0.78})
+    data.set_evaluation_metrics(made, metrics, -1, -1)  # the model as it is now, evaluated by hand
+    assert tables(section(data.to_card(model), "### Metrics"))[0][1] == ["pearson_cosine", "0.32"]
+
+
 def test_log_without_evaluators_shows_every_metric_but_times(model: SentenceTransformer) -> None:
     history = [
         {"eval_loss": 1.5, "eval_accuracy": 0.75, "eval_runtime": 3.0, "eval_samples_per_second": 9.0, "step": 5}

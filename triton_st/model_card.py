@@ -85,7 +85,7 @@ class SentenceTransformerModelCardData:
 
     base_model: str | None = field(default=None, init=False)
     base_model_revision: str | None = field(default=None, init=False)
-    # One entry per evaluator, the latest: class_name, name, description, config, primary_metric, metrics.
+    # One entry per evaluator, the latest: class_name, name, description, config, primary_metric, step, metrics.
     evaluations: list[dict[str, Any]] = field(default_factory=list, init=False)
     # One entry per evaluation, in order: epoch, step, metrics (the primary one).
     evaluation_log: list[dict[str, Any]] = field(default_factory=list, init=False)
@@ -135,6 +135,7 @@ class SentenceTransformerModelCardData:
             "description": getattr(evaluator, "description", type(evaluator).__name__),
             "config": getattr(evaluator, "get_config_dict", dict)(),
             "primary_metric": primary,
+            "step": step,
             "metrics": plain,
         }
         for position, known in enumerate(self.evaluations):

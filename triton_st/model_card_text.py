@@ -31,6 +31,8 @@ SIMILARITY_NAMES = {
     "euclidean": "Euclidean Distance",
     "manhattan": "Manhattan Distance",
 }
+# A bracket matters where a link or a footnote could begin, an underscore where it does not stand within a word.
+SPECIAL = re.compile(r"[\\`*~|$]|\[(?=\^)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
 RUNTIME_METRICS = re.compile(r"_(runtime|(samples|steps|tokens)_per_second)$")
 
 
@@ -63,8 +65,7 @@ def clean(text: Any) -> str:
 def escape(text: Any) -> str:
     """Text that shows as itself in one line of Markdown, table cells and HTML: special characters as entities."""
     text = html.escape(clean(text).strip("\n"), quote=False)
-    # A bracket matters where a link or a footnote could begin, an underscore where it does not stand within a word.
-    text = re.sub(r"[\\`*~|$]|\[(?=\^)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])", lambda match: f"&#{ord(match[0])};", text)
+    text = SPECIAL.sub(lambda match: f"&#{ord(match[0])};", text)
     return text.replace("\n", "<br>")
 
 
@@ -148,7 +149,7 @@ def _metadata(data: SentenceTransformerModelCardData, name: str) -> str:
             metric_value=value,
         )
         for record in data.evaluations
-        for key, value in _unprefixed(record).items()
+        for key, value in _unprefixed(record, _metrics(data, record)).items()
         if isinstance(value, (int, float)) and math.isfinite(value)
     ]
     datasets = dict.fromkeys(entry["id"] for entry in [*data.train_datasets, *data.eval_datasets] if entry.get("id"))
@@ -171,12 +172,22 @@ def _languages(data: SentenceTransformerModelCardData) -> list[str]:
     return [data.language] if isinstance(data.language, str) else list(data.language or [])
 
 
-def _unprefixed(record: dict[str, Any]) -> dict[str, Any]:
-    """An evaluator's metrics without the evaluator's name before each."""
-    prefix, metrics = f"{record['name']}_", record["metrics"]
-    if record["name"] and all(key.startswith(prefix) for key in metrics):
-        return {key[len(prefix) :]: value for key, value in metrics.items()}
-    return metrics
+def _metrics(data: SentenceTransformerModelCardData, record: dict[str, Any]) -> dict[str, Any]:
+    """An evaluator's metrics of the weights that were kept: the latest, unless training went back to a step before."""
+    best = data.best_model_step
+    if best is not None and 0 <= record["step"] != best:
+        logged = {key: value for entry in data.log_history if entry.get("step") == best for key, value in entry.items()}
+        if all(f"eval_{key}" in logged for key in record["metrics"]):
+            return {key: logged[f"eval_{key}"] for key in record["metrics"]}
+    return record["metrics"]
+
+
+def _unprefixed(record: dict[str, Any], by_key: dict[str, Any]) -> dict[str, Any]:
+    """Values by metric, without the evaluator's name before each."""
+    prefix = f"{record['name']}_"
+    if record["name"] and all(key.startswith(prefix) for key in by_key):
+        return {key[len(prefix) :]: value for key, value in by_key.items()}
+    return by_key
 
 
 # What it is ---------------------------------------------------------------------------------------------------------
@@ -303,14 +314,12 @@ def _evaluation(data: SentenceTransformerModelCardData) -> str:
         if record["config"]:
             evaluator += f" with these parameters:\n{_parameters(record['config'])}"
         lines = [f"* Dataset: {code(record['name'])}"] if record["name"] else []
-        metrics = _unprefixed(record)
-        primary = next(
-            (new for new, old in zip(metrics, record["metrics"], strict=True) if old == record["primary_metric"]), None
-        )
+        metrics = _metrics(data, record)
+        names = _unprefixed(record, {key: key for key in metrics})
         rows = []
-        for key, value in metrics.items():
-            bold = "**" if key == primary else ""
-            rows.append((f"{bold}{escape(key)}{bold}", f"{bold}{_number(value)}{bold}"))
+        for name, key in names.items():
+            bold = "**" if key == record["primary_metric"] else ""
+            rows.append((f"{bold}{escape(name)}{bold}", f"{bold}{_number(metrics[key])}{bold}"))
         parts += [
             f"#### {escape(record['description'])}",
             "\n".join([*lines, evaluator]),
