@@ -26,7 +26,8 @@ _ONEDNN_WEIGHT_GRADIENT_SIZE = 128 * 1024
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
 
-def _widened(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """Half precision as float32; anything else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -52,7 +53,7 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad [T, N], x [T, K] -> float32 (or float64) [N, K]."""
     if _use_onednn(x) and x.dtype == torch.float32 and grad.shape[1] * x.shape[1] > _ONEDNN_WEIGHT_GRADIENT_SIZE:
         return torch.ops.mkldnn._linear_pointwise(grad.t(), x.t(), None, "none", [], "")
-    return _widened(grad.t() @ x)
+    return widen(grad.t() @ x)
 
 
 def _store(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,12 +177,12 @@ class _Masked(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mask: Tensor, factor: float) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.factor = factor
-        return torch.ops.aten.native_dropout_backward(x, mask, factor)  # x * mask * factor
+        return (x * mask).mul_(factor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return torch.ops.aten.native_dropout_backward(grads[0], mask, ctx.factor), None, None
+        return (grads[0] * mask).mul_(ctx.factor), None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -197,10 +198,8 @@ class _AddLayerNorm(torch.autograd.Function):
         factor: float,
         keep: bool,
     ) -> Tensor:
-        dropped = _widened(x)
-        if mask is not None:
-            dropped = torch.ops.aten.native_dropout_backward(dropped, mask, factor)
-        total = dropped + residual
+        x_wide = widen(x)
+        total = torch.add(residual, x_wide if mask is None else x_wide * mask, alpha=factor)
         y, mean, rstd = torch.ops.aten.native_layer_norm(total, [total.shape[1]], weight, bias, eps)
         if keep:
             if residual.dtype == total.dtype:
@@ -226,7 +225,7 @@ class _AddLayerNorm(torch.autograd.Function):
             grad_total = grad_total * rstd
         grad_x = grad_total
         if mask is not None:
-            grad_x = torch.ops.aten.native_dropout_backward(grad_total, mask, ctx.factor)
+            grad_x = (grad_total * mask).mul_(ctx.factor)
         x_dtype, residual_dtype = ctx.dtypes
         return grad_x.to(x_dtype), grad_total.to(residual_dtype), grad_weight, grad_bias, None, None, None, None
 
@@ -253,4 +252,4 @@ def dropout_add_layer_norm(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     """LayerNorm of x [T, D] in at least float32, stored as `out_dtype`."""
-    return F.layer_norm(_widened(x), (x.shape[-1],), weight, bias, eps).to(out_dtype)
+    return F.layer_norm(widen(x), (x.shape[-1],), weight, bias, eps).to(out_dtype)
