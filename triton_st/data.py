@@ -40,7 +40,7 @@ LABEL_COLUMNS = ("label", "labels", "score", "scores")
 """Columns that sentence-transformers hands to the loss as labels instead of embedding them."""
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _NEGATIVE = re.compile(r"negative(?:_?(\d+))?")
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MAX_ALPHABET = 1000  # the trainer's own default; beyond it, rare characters become [UNK]
@@ -262,7 +262,7 @@ def _read_jsonl(path: Path, max_samples: int | None) -> tuple[dict[str, list[Any
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{at}: is not JSON ({error.msg} at character {error.pos + 1})") from None
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not row:
             raise ValueError(f"{at}: expected a JSON object with a string for each column, got {_shown(row)}")
         if not lines:
             columns = {name: [] for name in row}
@@ -357,9 +357,11 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 2000, max_
 
     Raises:
         ValueError: no text, nothing but blanks, or a vocabulary too small for a single character.
-        TypeError: one of the texts is not a string.
+        TypeError: `texts` is one string, or one of them is none.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str):
+        raise TypeError("texts: expected a list of strings, got one string")
+    texts = list(texts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{index}]: expected a string, got {_shown(text)}")
