@@ -402,6 +402,35 @@ def test_training_log_merges_losses_and_primary_metrics_by_step(model: SentenceT
     assert "The bold row" in text
 
 
+def test_an_evaluation_by_hand_before_training_is_step_zero(model: SentenceTransformer) -> None:
+    made, metrics = evaluator("sts-test", {"spearman_max": 0.1})
+    model.model_card_data.set_evaluation_metrics(made, metrics, -1, -1)
+    data = train(model)
+    (table,) = tables(section(data.to_card(model), "### Training Logs"))
+    assert table[0][4:] == ["sts-test_spearman_max", "sts-dev_spearman_max"]
+    assert table[1] == ["0.0", "0", "-", "-", "0.1", "0.25"]
+    assert table[-1][1] == "79"
+
+
+def test_a_second_training_starts_a_new_log(model: SentenceTransformer) -> None:
+    train(model)
+    made, metrics = evaluator("sts-test", {"spearman_max": 0.2})
+    model.model_card_data.set_evaluation_metrics(made, metrics, -1, -1)  # between the two
+    for step, value in ((0, 0.61), (10, 0.71)):
+        made, metrics = evaluator("sts-dev", {"spearman_max": value})
+        model.model_card_data.set_evaluation_metrics(made, metrics, step / 10, step)
+    model.model_card_data.set_training_run(
+        args=recipes.arguments("o"),
+        train_dataset=triplets(),
+        loss=MultipleNegativesRankingLoss(model),
+        log_history=[{"loss": 4.0, "epoch": 1.0, "step": 10}],
+    )
+    (table,) = tables(section(model.model_card_data.to_card(model), "### Training Logs"))
+    assert [row[1] for row in table] == ["Step", "0", "10"]
+    assert table[1][2:] == ["-", "0.2", "0.61"]
+    assert table[2][2:] == ["4.0", "-", "0.71"]
+
+
 def test_the_best_steps_metrics_are_shown_where_training_went_back_to_it(model: SentenceTransformer) -> None:
     history = [{"eval_sts-dev_pearson_cosine": 0.31, "eval_sts-dev_spearman_max": 0.77, "epoch": 0.5, "step": 40}]
     data = train(model, log_history=history)

@@ -186,6 +186,7 @@ class SentenceTransformerModelCardData:
             self.citations[type(loss).__name__] = citation.strip()
         if self.generate_widget_examples and not self.widget:
             self._set_widget(eval_dataset if eval_dataset is not None else train_dataset)
+        self.evaluation_log = _evaluations_of_this_run(self.evaluation_log, first=not self.log_history)
         self.log_history = [{key: _number(value) for key, value in entry.items()} for entry in log_history]
         self.training_time, self.evaluation_time, self.hardware = training_time, evaluation_time, hardware
 
@@ -257,6 +258,24 @@ class SentenceTransformerModelCardData:
                 self.widget.append({"source_sentence": source, "sentences": sentences[:4]})
         if self.widget:
             self.usage_examples = [self.widget[0]["source_sentence"], *self.widget[0]["sentences"]][:3]
+
+
+def _evaluations_of_this_run(log: list[dict[str, Any]], first: bool) -> list[dict[str, Any]]:
+    """The log without what belongs to an earlier training of the model (there, steps count up to where it ended).
+
+    An evaluation outside of training (step -1) that came before it is of the same weights as one at step 0.
+    """
+    begin, last = 0, -1
+    for position, entry in enumerate(log):
+        if 0 <= entry["step"] < last:
+            begin = position
+        if entry["step"] >= 0:
+            last = entry["step"]
+    while begin > 0 and log[begin - 1]["step"] < 0:
+        begin -= 1
+    log = log[begin:]
+    inside = next((position for position, entry in enumerate(log) if entry["step"] >= 0), len(log) if first else 0)
+    return [{**entry, "epoch": 0, "step": 0} for entry in log[:inside]] + log[inside:]
 
 
 def _number(value: Any) -> Any:

@@ -413,7 +413,7 @@ def _training_logs(data: SentenceTransformerModelCardData) -> str:
         rows.setdefault(entry["step"], {"Epoch": entry["epoch"]}).update(entry["metrics"])
     if not rows:
         return ""
-    present = dict.fromkeys(key for row in rows.values() for key in row)
+    present = dict.fromkeys([*primary, *(key for row in rows.values() for key in row)])
     first = [key for key in ("Epoch", "Training Loss", "Validation Loss") if key in present]
     columns = [*first[:1], "Step", *first[1:], *(key for key in present if key not in first)]
     cells = []

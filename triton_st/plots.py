@@ -38,6 +38,8 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
+# Panels are no lower than this: noise drawn large looks like news.
+LOSS_SPAN, METRIC_SPAN = 0.2, 0.1
 SMOOTHED_FROM = 40  # fewer points than this are read well enough as they are
 _said_absent = False
 
@@ -146,7 +148,7 @@ def _draw_losses(axes: Axes, losses: dict[str, Points]) -> None:
     if "eval_loss" in losses:
         steps, values = zip(*losses["eval_loss"], strict=True)
         axes.plot(steps, values, color=VALIDATION, linewidth=1.4, marker="o", markersize=4, label="validation")
-    _finish(axes, losses)
+    _finish(axes, losses, LOSS_SPAN)
 
 
 def _draw_metrics(axes: Axes, metrics: dict[str, Points]) -> None:
@@ -158,11 +160,14 @@ def _draw_metrics(axes: Axes, metrics: dict[str, Points]) -> None:
         # The last value stands in the legend: beside the point it would cover another line's.
         label = f"{name}: {values[-1]:.3f}"
         axes.plot(steps, values, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
-    _finish(axes, metrics)
+    _finish(axes, metrics, METRIC_SPAN)
 
 
-def _finish(axes: Axes, series: dict[str, Points]) -> None:
-    """Mark the steps whose values are not finite, and add the legend."""
+def _finish(axes: Axes, series: dict[str, Points], span: float) -> None:
+    """Widen the panel to `span`, mark the steps whose values are not finite, and add the legend."""
+    low, high = axes.get_ylim()
+    if high - low < span:
+        axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
     missing = sorted({step for points in series.values() for step, value in points if not math.isfinite(value)})
     if missing:
         # x in steps, y as a share of the panel: such a mark has no value to stand at.
