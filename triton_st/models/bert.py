@@ -48,6 +48,7 @@ class BertSelfAttention(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
+        self.head_size = config.hidden_size // config.num_attention_heads
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -57,7 +58,7 @@ class BertSelfAttention(nn.Module):
         """hidden [T, D] -> attended values [T, D]."""
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
         bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
-        qkv = linear(hidden, weight, bias).view(hidden.shape[0], 3, self.heads, -1)
+        qkv = linear(hidden, weight, bias).view(hidden.shape[0], 3, self.heads, self.head_size)
         return packed_attention(qkv, plan, self.dropout_p if self.training else 0.0)
 
 

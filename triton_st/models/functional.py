@@ -6,7 +6,7 @@ arithmetic that loses digits (LayerNorm, residual sums, GELU) runs in float32. O
 * float32 products go to oneDNN, which is twice as fast as MKL's `F.linear` on AMD processors and as fast on others;
 * float16 products are emulated by both libraries (20 GFLOP/s), so float16 is storage only: the operand is widened,
   the product and the weight gradient are float32;
-* bfloat16 has a native product with float32 accumulation.
+* bfloat16 has a native product with float32 accumulation; it rounds a weight gradient once, after accumulating.
 
 On other devices the weight is cast to the activation dtype and the library's own product runs.
 """
@@ -156,12 +156,14 @@ def keep_mask(shape: tuple[int, ...] | torch.Size, p: float, device: torch.devic
     16 random bits decide an element, drawn eight bytes at a time (`bernoulli_` draws one element at a time on one
     thread and took a third of a training step), so that P(drop) is p to within 2^-17; the factor is exact for it.
     """
+    dropped = round(p * 65536)
+    if dropped == 65536:
+        return torch.zeros(shape, dtype=torch.bool, device=device), 0.0
     count = torch.Size(shape).numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
     words.random_(-(2**63), None)  # all 64 bits
-    dropped = round(p * 65536)
     mask = words.view(torch.int16)[:count].view(shape) >= dropped - 32768
-    return mask, 65536 / (65536 - dropped) if dropped < 65536 else 0.0
+    return mask, 65536 / (65536 - dropped)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
