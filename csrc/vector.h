@@ -41,7 +41,11 @@ inline constexpr int kWidth = 4;
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 
-inline Vec splat(float x) { return Vec{} + x; }
+inline Vec splat(float x) {
+  Vec all;
+  for (int i = 0; i < kWidth; ++i) all[i] = x;
+  return all;
+}
 
 inline Vec as_floats(Ints x) { return reinterpret_cast<Vec>(x); }
 inline Ints as_ints(Vec x) { return reinterpret_cast<Ints>(x); }
