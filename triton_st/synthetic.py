@@ -327,43 +327,12 @@ class _Speaker:
         uncounted, noun = noun.startswith("~"), noun.lstrip("~")
         described = f"{self.word(attribute)} {noun}" if attribute else noun
         if count:
-            return f"{self.word(count)} {described[: -len(noun)]}{_plural(noun)}"
+            return f"{self.word(count)} {described[: -len(noun)]}{lexicon.plural(noun)}"
         if definite:
             return f"the {described}"
         if uncounted:
             return f"some {described}"
         return f"{'an' if described[0] in 'aeiou' and not described.startswith('ewe') else 'a'} {described}"
-
-
-def _plural(noun: str) -> str:
-    if noun in lexicon.IRREGULAR_PLURALS:
-        return lexicon.IRREGULAR_PLURALS[noun]
-    if noun.endswith("man"):
-        return noun[:-3] + "men"
-    if noun.endswith("y") and noun[-2] not in "aeiou":
-        return noun[:-1] + "ies"
-    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
-
-
-def _inflect(verb: str) -> tuple[str, str, str]:
-    """The forms of a verb as in (repairs, repairing, repaired); of several words, the first is inflected."""
-    base, space, rest = verb.partition(" ")
-    stem = base
-    if re.fullmatch("[^aeiou]*[aeiou][bdgklmnprtz]", base):  # chop -> chopping, but cook -> cooking
-        stem = base + base[-1]
-    if base.endswith("y") and base[-2] not in "aeiou":
-        present, past = base[:-1] + "ies", base[:-1] + "ied"
-    else:
-        present = base + ("es" if base.endswith(("s", "x", "z", "ch", "sh", "o")) else "s")
-        past = base + "d" if base.endswith("e") else stem + "ed"
-    if base.endswith("ie"):
-        participle = base[:-2] + "ying"
-    elif base.endswith("e") and not base.endswith("ee"):
-        participle = base[:-1] + "ing"
-    else:
-        participle = stem + "ing"
-    past = lexicon.IRREGULAR_PARTICIPLES.get(base, past)
-    return present + space + rest, participle + space + rest, past + space + rest
 
 
 def _verbalise(speaker: _Speaker, scene: Scene) -> str:
@@ -377,7 +346,7 @@ def _verbalise(speaker: _Speaker, scene: Scene) -> str:
     if scene.object:
         thing = speaker.noun_phrase(scene.object, scene.object_attribute, definite=rng.random() < 0.3)
     verb = speaker.word(scene.action)
-    does, doing, done = _inflect(verb)
+    does, doing, done = lexicon.inflect(verb)
     does, be = (verb, "are") if scene.count else (does, "is")
     who = "who" if scene.agent.kind == "person" else "that"
     place, time = (speaker.word(concept) if concept else "" for concept in (scene.place, scene.time))
@@ -432,6 +401,8 @@ def _say(
     while True:
         speaker = _Speaker(rng, earlier, reuse)
         sentence = _verbalise(speaker, scene)
+        if re.search(r"\b(\w+) \1\b", sentence):  # "performs on on the mountain"
+            continue
         if _SPLITS[zlib.crc32(sentence.encode()) % len(_SPLITS)] == split:
             return sentence, speaker.chosen
 

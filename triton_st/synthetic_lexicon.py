@@ -7,6 +7,8 @@ concepts it is about. The order of the lines is part of the data set.
 
 from __future__ import annotations
 
+import re
+
 # Before the colon: the kind, by which ACTIONS refers to it.
 PEOPLE = """
 child: child, kid, youngster
@@ -430,3 +432,35 @@ IRREGULAR_PLURALS = {
 }  # fmt: skip
 # Verbs with a noun inside: nobody "is being said hello to".
 NEVER_PASSIVE = ("say hello to", "set fire to", "show gratitude to", "take a picture of", "pay attention to")
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun; of several words, the last is inflected."""
+    if noun in IRREGULAR_PLURALS:
+        return IRREGULAR_PLURALS[noun]
+    if noun.endswith("man"):
+        return noun[:-3] + "men"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def inflect(verb: str) -> tuple[str, str, str]:
+    """The forms of a verb as in (repairs, repairing, repaired); of several words, the first is inflected."""
+    base, space, rest = verb.partition(" ")
+    stem = base
+    if re.fullmatch("[^aeiou]*[aeiou][bdgklmnprtz]", base):  # chop -> chopping, but cook -> cooking
+        stem = base + base[-1]
+    if base.endswith("y") and base[-2] not in "aeiou":
+        present, past = base[:-1] + "ies", base[:-1] + "ied"
+    else:
+        present = base + ("es" if base.endswith(("s", "x", "z", "ch", "sh", "o")) else "s")
+        past = base + "d" if base.endswith("e") else stem + "ed"
+    if base.endswith("ie"):
+        participle = base[:-2] + "ying"
+    elif base.endswith("e") and not base.endswith("ee"):
+        participle = base[:-1] + "ing"
+    else:
+        participle = stem + "ing"
+    past = IRREGULAR_PARTICIPLES.get(base, past)
+    return present + space + rest, participle + space + rest, past + space + rest
