@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Run `kernel` over `grid` on the device of its tensors; nothing where the grid is empty."""
     if 0 in grid:
         return
+    arguments["enable_fp_fusion"] = True  # exact float32 products are chains of multiply-adds; Triton 3.10 will ask
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments))
         return
@@ -53,14 +55,23 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel[grid](**arguments)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of `tl.dot`: tf32 only where the user allowed it. Means nothing for half operands."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
-
-
 def on_hip() -> bool:
     """Whether kernels are compiled for an AMD GPU."""
     return (_vendor or ("hip" if torch.version.hip else "cuda")) == "hip"
+
+
+@functools.cache
+def _has_tf32() -> bool:
+    """Of AMD's GPUs, gfx942 alone multiplies in (nearly) tf32."""
+    if _recorded is not None or not on_hip():
+        return True
+    return torch.cuda.get_device_properties().gcnArchName.startswith("gfx942")
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: tf32 only where the user allowed it. Means nothing for half operands."""
+    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed and _has_tf32() else "ieee"
 
 
 class Tile(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from triton_st.kernels.common import dot_precision, launch, product_tile
 from triton_st.kernels.products import dot_rows, sum_parts, weighted_sum
-from triton_st.kernels.rows import Scaled, Statistics, copy_rows, project
+from triton_st.kernels.rows import Scaled, Statistics, copy_rows, inverse, project
 
 GROUP = 8
 """Row blocks that march together along b, so that b's blocks are still in the L2 cache for the next."""
@@ -17,7 +17,7 @@ GROUP = 8
 @triton.jit(do_not_specialize=["a_count", "b_count"])
 def _similarity_kernel(
     a, b, out,  # [M, D], [N, D], [M, N]
-    a_power, a_inverse, b_power, b_inverse, extreme,
+    a_power, a_norm, b_power, b_norm, extreme,
     a_count, b_count, stride,
     D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr,
@@ -26,21 +26,23 @@ def _similarity_kernel(
     group = tl.program_id(0) // (GROUP * b_blocks)
     within = tl.program_id(0) % (GROUP * b_blocks)
     group_size = tl.minimum(tl.cdiv(a_count, BLOCK_A) - group * GROUP, GROUP)
-    a_row = (group * GROUP + within % group_size) * BLOCK_A + tl.arange(0, BLOCK_A)
-    b_row = within // group_size * BLOCK_B + tl.arange(0, BLOCK_B)
+    a_first = (group * GROUP + within % group_size) * BLOCK_A
+    b_first = within // group_size * BLOCK_B
+    a += a_first.to(tl.int64) * D
+    b += b_first.to(tl.int64) * D
+    a_left, b_left = a_count - a_first, b_count - b_first
+    a_power += a_first
+    b_power += b_first
     # No product of halves leaves float32's range.
     if a.dtype.element_ty == tl.float16 or tl.load(extreme) == 0:
-        acc = dot_rows(
-            a, b, a_row, b_row, a_count, b_count, a_power, b_power, D, BLOCK_A, BLOCK_B, BLOCK_K, PRECISION, False
-        )
+        acc = dot_rows(a, b, a_left, b_left, a_power, b_power, D, BLOCK_A, BLOCK_B, BLOCK_K, PRECISION, False)
     else:
-        acc = dot_rows(
-            a, b, a_row, b_row, a_count, b_count, a_power, b_power, D, BLOCK_A, BLOCK_B, BLOCK_K, PRECISION, True
-        )
-    acc = acc * tl.load(a_inverse + a_row, mask=a_row < a_count, other=0)[:, None]
-    acc = acc * tl.load(b_inverse + b_row, mask=b_row < b_count, other=0)[None, :]
-    at = out + a_row.to(tl.int64)[:, None] * stride + b_row[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=(a_row < a_count)[:, None] & (b_row < b_count)[None, :])
+        acc = dot_rows(a, b, a_left, b_left, a_power, b_power, D, BLOCK_A, BLOCK_B, BLOCK_K, PRECISION, True)
+    acc = acc * inverse(a_norm + a_first, BLOCK_A, a_left)[:, None]
+    acc = acc * inverse(b_norm + b_first, BLOCK_B, b_left)[None, :]
+    a_row, b_row = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
+    at = out + a_first.to(tl.int64) * stride + b_first + a_row.to(tl.int64)[:, None] * stride + b_row[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(a_row < a_left)[:, None] & (b_row < b_left)[None, :])
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -54,8 +56,8 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
     tile = product_tile(a.dtype, m, n)
     launch(
         _similarity_kernel, (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),
-        a=a, b=b, out=out, a_power=rows.a_power, a_inverse=rows.a_inverse, b_power=rows.b_power,
-        b_inverse=rows.b_inverse, extreme=rows.extreme, a_count=m, b_count=n, stride=n,
+        a=a, b=b, out=out, a_power=rows.a_power, a_norm=rows.a_norm, b_power=rows.b_power,
+        b_norm=rows.b_norm, extreme=rows.extreme, a_count=m, b_count=n, stride=n,
         D=d, BLOCK_A=tile.rows, BLOCK_B=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(a.dtype), GROUP=GROUP,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

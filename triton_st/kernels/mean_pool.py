@@ -47,16 +47,18 @@ def _sum_kernel(
     first, length = _extent(extents, row, length, MASKED)
     chunk = tl.cdiv(tl.cdiv(length, parts), BLOCK_T) * BLOCK_T
     stop = tl.minimum((part + 1) * chunk, length)
+    token = tl.arange(0, BLOCK_T)
+    hidden += (first + part * chunk) * D  # the 64-bit part of the address: one number for the tile
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     count = tl.zeros([BLOCK_T], tl.int32)
     for start in range(part * chunk, stop, BLOCK_T):
-        token = start + tl.arange(0, BLOCK_T)
-        kept = token < stop
+        kept = token < stop - start
         if MASKED:
-            kept = kept & (tl.load(extents + first + token, mask=kept, other=0) != 0)
-        offset = (first + token)[:, None] * D + column[None, :]
-        total += tl.load(hidden + offset, mask=kept[:, None] & (column < D)[None, :], other=0).to(tl.float32)
+            kept = kept & (tl.load(extents + first + start + token, mask=kept, other=0) != 0)
+        at = hidden + token[:, None] * D + column[None, :]
+        total += tl.load(at, mask=kept[:, None] & (column < D)[None, :], other=0).to(tl.float32)
         count += kept.to(tl.int32)
+        hidden += BLOCK_T * D
     total = tl.sum(total, 0)  # [BLOCK_D]
     count = tl.sum(count)
     if SPLIT:
@@ -116,21 +118,23 @@ def _spread_kernel(
     if MASKED:
         kept_tokens = tl.zeros([BLOCK_COUNT], tl.int32)
         for start in range(0, length, BLOCK_COUNT):
-            token = start + tl.arange(0, BLOCK_COUNT)
-            mask = tl.load(extents + first + token, mask=token < length, other=0)
+            mask_token = start + tl.arange(0, BLOCK_COUNT)
+            mask = tl.load(extents + first + mask_token, mask=mask_token < length, other=0)
             kept_tokens += (mask != 0).to(tl.int32)
         count = tl.sum(kept_tokens)
     share = tl.load(grad + row.to(tl.int64) * D + column, mask=column < D, other=0).to(tl.float32)
     share = (share / tl.maximum(count, 1).to(tl.float32)).to(grad_hidden.dtype.element_ty)  # [BLOCK_D]
+    token = tl.arange(0, BLOCK_T)
+    grad_hidden += (first + part * chunk) * D
     for start in range(part * chunk, stop, BLOCK_T):
-        token = start + tl.arange(0, BLOCK_T)
-        inside = token < stop
+        inside = token < stop - start
         tile = tl.broadcast_to(share[None, :], [BLOCK_T, BLOCK_D])
         if MASKED:
-            kept = tl.load(extents + first + token, mask=inside, other=0) != 0
+            kept = tl.load(extents + first + start + token, mask=inside, other=0) != 0
             tile = tl.where(kept[:, None], tile, tl.zeros_like(tile))
-        offset = (first + token)[:, None] * D + column[None, :]
-        tl.store(grad_hidden + offset, tile, mask=inside[:, None] & (column < D)[None, :])
+        at = grad_hidden + token[:, None] * D + column[None, :]
+        tl.store(at, tile, mask=inside[:, None] & (column < D)[None, :])
+        grad_hidden += BLOCK_T * D
 
 
 def _blocks(d: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from triton_st.kernels.common import Tile, dot_precision, launch, product_tile, splits
 from triton_st.kernels.products import dot_rows, sum_parts, weighted_sum
-from triton_st.kernels.rows import COPY_EXPONENT, Scaled, Statistics, copy_rows, project
+from triton_st.kernels.rows import COPY_EXPONENT, Scaled, Statistics, copy_rows, inverse, project
 
 PANEL_BYTES = 32 << 20
 PANEL_COLUMNS = 4096
@@ -31,64 +31,76 @@ D_WEIGHT = 2.0 ** (COPY_EXPONENT + 1)
 
 @triton.jit
 def _negatives(
-    queries, documents, q_row, q_count, d_count, q_power, d_power, q_factor, d_inverse, first, stop,
+    queries, documents, q_left, q_power, d_power, q_factor, d_norm, pair_offset, d_left, count,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and rescaled sum of the negatives' exponentials, and the positive's logit where it is met. [BLOCK_Q]."""
+    """Of the first `count` documents: maximum and rescaled sum of the negatives' exponentials, and the positive's logit
+    where it is met. Pointers are at the stripe's first query and document; query i's positive is document
+    i + pair_offset. [BLOCK_Q] each.
+    """
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     positive = tl.zeros([BLOCK_Q], tl.float32)
-    q_start = tl.min(q_row)
-    for start in range(first, stop, BLOCK_M):
-        d_row = start + tl.arange(0, BLOCK_M)
+    row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_M)
+    for start in range(0, count, BLOCK_M):
         logits = dot_rows(
-            queries, documents, q_row, d_row, q_count, d_count, q_power, d_power,
+            queries, documents, q_left, d_left - start, q_power, d_power,
             D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, SCALED,
         )  # fmt: skip
-        logits = logits * q_factor[:, None] * tl.load(d_inverse + d_row, mask=d_row < d_count, other=0)[None, :]
-        if (start < q_start + BLOCK_Q) & (q_start < start + BLOCK_M):
-            pair = q_row[:, None] == d_row[None, :]
+        logits = logits * q_factor[:, None] * inverse(d_norm, BLOCK_M, d_left - start)[None, :]
+        if (start < pair_offset + BLOCK_Q) & (pair_offset < start + BLOCK_M):
+            pair = (row + pair_offset)[:, None] == (column + start)[None, :]
             positive += tl.sum(tl.where(pair, logits, 0.0), 1)
             logits = tl.where(pair, float("-inf"), logits)
-        logits = tl.where((d_row < d_count)[None, :], logits, float("-inf"))
+        logits = tl.where((column < d_left - start)[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
         top = new_top
+        documents += BLOCK_M * D
+        d_norm += BLOCK_M
+        d_power += BLOCK_M
     return top, total, positive
 
 
 @triton.jit(do_not_specialize=["q_count", "d_count", "part_documents"])
 def _negatives_kernel(
     queries, documents,  # [B, D], [M, D]
-    q_power, q_inverse, d_power, d_inverse, extreme,
+    q_power, q_norm, d_power, d_norm, extreme,
     tops, totals,  # [parts, B]
     positives,  # [B]
     scale,
     q_count, d_count, part_documents,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    q_row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q_first = tl.program_id(0) * BLOCK_Q
     part = tl.program_id(1)
-    first = part * part_documents
-    stop = tl.minimum(first + part_documents, d_count)
-    q_factor = tl.load(q_inverse + q_row, mask=q_row < q_count, other=0) * scale
+    d_first = part * part_documents
+    q_left, d_left = q_count - q_first, d_count - d_first
+    count = tl.minimum(part_documents, d_left)
+    queries += q_first.to(tl.int64) * D
+    documents += d_first.to(tl.int64) * D
+    q_power, d_power, d_norm = q_power + q_first, d_power + d_first, d_norm + d_first
+    q_factor = inverse(q_norm + q_first, BLOCK_Q, q_left) * scale
+    pair_offset = q_first - d_first
     # No product of halves leaves float32's range.
     if queries.dtype.element_ty == tl.float16 or tl.load(extreme) == 0:
         top, total, positive = _negatives(
-            queries, documents, q_row, q_count, d_count, q_power, d_power, q_factor, d_inverse, first, stop,
+            queries, documents, q_left, q_power, d_power, q_factor, d_norm, pair_offset, d_left, count,
             D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, False,
         )  # fmt: skip
     else:
         top, total, positive = _negatives(
-            queries, documents, q_row, q_count, d_count, q_power, d_power, q_factor, d_inverse, first, stop,
+            queries, documents, q_left, q_power, d_power, q_factor, d_norm, pair_offset, d_left, count,
             D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, True,
         )  # fmt: skip
-    slot = part.to(tl.int64) * q_count + q_row
-    tl.store(tops + slot, top, mask=q_row < q_count)
-    tl.store(totals + slot, total, mask=q_row < q_count)
-    tl.store(positives + q_row, positive, mask=(q_row < q_count) & (q_row >= first) & (q_row < stop))
+    row = tl.arange(0, BLOCK_Q)
+    slot = part.to(tl.int64) * q_count + q_first + row
+    tl.store(tops + slot, top, mask=row < q_left)
+    tl.store(totals + slot, total, mask=row < q_left)
+    met = (row + pair_offset >= 0) & (row + pair_offset < count)
+    tl.store(positives + q_first + row, positive, mask=(row < q_left) & met)
 
 
 @triton.jit
@@ -96,7 +108,8 @@ def _log1p(x):
     """log(1 + x) for x ≥ 0, to a few units in the last place also where x is small."""
     one_plus = 1.0 + x
     # Kahan: the rounding of 1 + x is undone by the factor x / ((1 + x) - 1).
-    return tl.where(one_plus == 1.0, x, tl.log(one_plus) * (x / (one_plus - 1.0)))
+    exact = one_plus == 1.0
+    return tl.where(exact, x, tl.log(one_plus) * (x / tl.where(exact, 1.0, one_plus - 1.0)))
 
 
 @triton.jit(do_not_specialize=["q_count", "parts"])
@@ -124,9 +137,13 @@ def _loss_kernel(
             total += tl.load(totals + slot, mask=inside, other=0) * tl.exp(part_top - shift)
             slot += q_count
         positive = tl.load(positives + row, mask=inside, other=0)
-        gap = shift + tl.log(total) - positive  # -inf where there is no negative
-        row_loss = tl.maximum(gap, 0.0) + _log1p(tl.exp(-tl.abs(gap)))
-        tl.store(logsumexp + row, positive + row_loss, mask=inside)
+        negatives = shift + tl.log(tl.where(total == 0, 1.0, total))
+        negatives = tl.where(total == 0, float("-inf"), negatives)
+        gap = negatives - positive
+        excess = _log1p(tl.exp(-tl.abs(gap)))
+        row_loss = tl.maximum(gap, 0.0) + excess
+        # Not positive + row_loss: that would round a large negative's logit twice.
+        tl.store(logsumexp + row, tl.where(gap > 0, negatives, positive) + excess, mask=inside)
         sums += tl.where(inside, row_loss, 0.0)
     tl.store(loss, tl.sum(sums) / q_count)
 
@@ -134,7 +151,7 @@ def _loss_kernel(
 @triton.jit(do_not_specialize=["q_first", "d_first", "q_count", "d_count", "part_documents", "share_rows"])
 def _weights_kernel(
     queries, documents,  # one panel's copies [q_count, D], [d_count, D]
-    q_inverse, d_inverse, logsumexp,  # [q_count], [d_count], [q_count]
+    q_norm, d_norm, logsumexp,  # [q_count], [d_count], [q_count]
     weights,  # [q_count, stride]: probabilities of the negatives, scaled
     share,  # [parts, share_rows] float32: their plain sums are added here
     scale,
@@ -143,31 +160,40 @@ def _weights_kernel(
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, Q_WEIGHT: tl.constexpr, D_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    q_row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q_start = tl.program_id(0) * BLOCK_Q
     part = tl.program_id(1)
-    first = part * part_documents
-    stop = tl.minimum(first + part_documents, d_count)
-    q_inside = q_row < q_count
-    inverse = tl.load(q_inverse + q_row, mask=q_inside, other=0)
-    logsumexp_row = tl.load(logsumexp + q_row, mask=q_inside, other=0)
+    d_start = part * part_documents
+    q_left, d_left = q_count - q_start, d_count - d_start
+    row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_M)
+    inside = row < q_left
+    queries += q_start.to(tl.int64) * D
+    documents += d_start.to(tl.int64) * D
+    d_norm += d_start
+    weights += q_start.to(tl.int64) * stride + d_start
+    pair_offset = q_first + q_start - d_first - d_start
+    q_factor = inverse(q_norm + q_start, BLOCK_Q, q_left)
+    logsumexp_row = tl.load(logsumexp + q_start + row, mask=inside, other=0)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    for start in range(first, stop, BLOCK_M):
-        d_row = start + tl.arange(0, BLOCK_M)
+    for start in range(0, tl.minimum(part_documents, d_left), BLOCK_M):
         logits = dot_rows(
-            queries, documents, q_row, d_row, q_count, d_count, queries, documents,
+            queries, documents, q_left, d_left - start, q_norm, d_norm,
             D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, False,
         )  # fmt: skip
-        d_factor = tl.load(d_inverse + d_row, mask=d_row < d_count, other=0)
-        logits = logits * (inverse * scale)[:, None] * d_factor[None, :]
+        d_factor = inverse(d_norm, BLOCK_M, d_left - start)
+        logits = logits * (q_factor * scale)[:, None] * d_factor[None, :]
         probability = tl.exp(logits - logsumexp_row[:, None])
-        negative = (q_first + q_row)[:, None] != (d_first + d_row)[None, :]
-        probability = tl.where(negative & (d_row < d_count)[None, :], probability, 0.0)
+        negative = (row + pair_offset)[:, None] != (column + start)[None, :]
+        d_inside = (column < d_left - start)[None, :]
+        probability = tl.where(negative & d_inside, probability, 0.0)
         total += tl.sum(probability, 1)
-        weight = probability * (inverse * Q_WEIGHT)[:, None] * (d_factor * D_WEIGHT)[None, :]
-        at = weights + q_row.to(tl.int64)[:, None] * stride + d_row[None, :]
-        tl.store(at, weight.to(weights.dtype.element_ty), mask=q_inside[:, None] & (d_row < d_count)[None, :])
-    at = share + part.to(tl.int64) * share_rows + q_row
-    tl.store(at, tl.load(at, mask=q_inside, other=0) + total, mask=q_inside)
+        weight = probability * (q_factor * Q_WEIGHT)[:, None] * (d_factor * D_WEIGHT)[None, :]
+        at = weights + row[:, None] * stride + column[None, :]
+        tl.store(at, weight.to(weights.dtype.element_ty), mask=inside[:, None] & d_inside)
+        documents += BLOCK_M * D
+        d_norm += BLOCK_M
+        weights += BLOCK_M
+    at = share + part.to(tl.int64) * share_rows + q_start + row
+    tl.store(at, tl.load(at, mask=inside, other=0) + total, mask=inside)
 
 
 def _stripes(tile: Tile, q_count: int, d_count: int, parts: int | None = None) -> tuple[int, int]:
@@ -189,8 +215,8 @@ def mnrl_loss_forward(queries: Tensor, documents: Tensor, scale: float) -> tuple
     loss = queries.new_empty((), dtype=torch.float32)
     launch(
         _negatives_kernel, (triton.cdiv(b, tile.rows), parts),
-        queries=queries, documents=documents, q_power=rows.a_power, q_inverse=rows.a_inverse, d_power=rows.b_power,
-        d_inverse=rows.b_inverse, extreme=rows.extreme, tops=tops, totals=totals, positives=positives, scale=scale,
+        queries=queries, documents=documents, q_power=rows.a_power, q_norm=rows.a_norm, d_power=rows.b_power,
+        d_norm=rows.b_norm, extreme=rows.extreme, tops=tops, totals=totals, positives=positives, scale=scale,
         q_count=b, d_count=m, part_documents=part_documents,
         D=d, BLOCK_Q=tile.rows, BLOCK_M=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(queries.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -234,7 +260,7 @@ def mnrl_loss_backward(
             _, part_documents = _stripes(tile, len(q_copy), len(d_copy), parts)
             launch(
                 _weights_kernel, (triton.cdiv(len(q_copy), tile.rows), parts),
-                queries=q_copy, documents=d_copy, q_inverse=q.inverse[q_range], d_inverse=d.inverse[d_range],
+                queries=q_copy, documents=d_copy, q_norm=q.norm[q_range], d_norm=d.norm[d_range],
                 logsumexp=logsumexp[q_range], weights=weights, share=share[:, q_range], scale=scale,
                 q_first=q_first, d_first=d_first, q_count=len(q_copy), d_count=len(d_copy),
                 part_documents=part_documents, share_rows=b, stride=stride,

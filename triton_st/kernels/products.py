@@ -15,26 +15,27 @@ SCRATCH_BYTES = 32 << 20
 
 @triton.jit
 def dot_rows(
-    a, b,  # [a_count, D], [b_count, D]
-    a_row, b_row,  # [BLOCK_A], [BLOCK_B]
-    a_count, b_count, a_power, b_power,
+    a, b,  # from the tile's first rows on: [a_left, D], [b_left, D]
+    a_left, b_left, a_power, b_power,
     D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of rows a_row of a with rows b_row of b [BLOCK_A, BLOCK_B], summed in float32.
+    """Dot products of the first rows of a with the first rows of b [BLOCK_A, BLOCK_B], summed in float32.
 
-    SCALED multiplies the rows by their powers of two first. Rows past the end count as 0.
+    SCALED multiplies the rows by their powers of two first. Rows past the end count as 0. The 64-bit part of an address
+    is the caller's, one number for the whole tile; what is added here are constants of 32 bits, which the compiler
+    folds into the loads (with 64-bit row offsets the 128 × 128 tile needed 250 registers and spilled).
     """
     k = tl.arange(0, BLOCK_K)
-    a_inside, b_inside = a_row < a_count, b_row < b_count
-    a_at = a + a_row.to(tl.int64)[:, None] * D + k[None, :]
-    b_at = b + b_row.to(tl.int64)[None, :] * D + k[:, None]
+    a_row, b_row = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
+    a_at = a + a_row[:, None] * D + k[None, :]
+    b_at = b + b_row[None, :] * D + k[:, None]
     if SCALED:
-        a_factor = tl.load(a_power + a_row, mask=a_inside, other=0)[:, None]
-        b_factor = tl.load(b_power + b_row, mask=b_inside, other=0)[None, :]
+        a_factor = tl.load(a_power + a_row, mask=a_row < a_left, other=0)[:, None]
+        b_factor = tl.load(b_power + b_row, mask=b_row < b_left, other=0)[None, :]
     acc = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
     for start in range(0, D, BLOCK_K):
-        a_mask, b_mask = a_inside[:, None], b_inside[None, :]
+        a_mask, b_mask = (a_row < a_left)[:, None], (b_row < b_left)[None, :]
         if D % BLOCK_K != 0:
             a_mask = a_mask & (start + k < D)[None, :]
             b_mask = b_mask & (start + k < D)[:, None]
@@ -57,26 +58,34 @@ def _weighted_sum_kernel(
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
-    row = tl.program_id(0) // COLUMN_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
-    k = tl.arange(0, BLOCK_K)
-    row_inside, column_inside = row < rows, column < D
-    stop = tl.minimum((part + 1) * part_terms, terms)
+    first = tl.program_id(0) // COLUMN_BLOCKS * BLOCK_R
+    first_column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_D
+    row, column, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
+    mask = (row < rows - first)[:, None] & (column < D - first_column)[None, :]
+    start = part * part_terms
+    left = tl.minimum(part_terms, terms - start)
+    # One 64-bit number for the tile, small ones inside it: see dot_rows.
+    x += start.to(tl.int64) * D + first_column
+    if TRANSPOSED:
+        weights += start.to(tl.int64) * stride + first
+    else:
+        weights += first.to(tl.int64) * stride + start
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for start in range(part * part_terms, stop, BLOCK_K):
-        term = start + k
-        inside = term < stop
-        line = term.to(tl.int64)
+    for done in range(0, left, BLOCK_K):
+        inside = k < left - done
         if TRANSPOSED:
-            at = weights + line[:, None] * stride + row[None, :]
-            weight = tl.trans(tl.load(at, mask=inside[:, None] & row_inside[None, :], other=0))
+            at = weights + k.to(tl.int64)[:, None] * stride + row[None, :]
+            weight = tl.trans(tl.load(at, mask=inside[:, None] & (row < rows - first)[None, :], other=0))
+            weights += BLOCK_K * stride
         else:
-            at = weights + row.to(tl.int64)[:, None] * stride + term[None, :]
-            weight = tl.load(at, mask=row_inside[:, None] & inside[None, :], other=0)
-        value = tl.load(x + line[:, None] * D + column[None, :], mask=inside[:, None] & column_inside[None, :], other=0)
+            at = weights + row.to(tl.int64)[:, None] * stride + k[None, :]
+            weight = tl.load(at, mask=(row < rows - first)[:, None] & inside[None, :], other=0)
+            weights += BLOCK_K
+        at = x + k[:, None] * D + column[None, :]
+        value = tl.load(at, mask=inside[:, None] & (column < D - first_column)[None, :], other=0)
+        x += BLOCK_K * D
         acc = tl.dot(weight, value, acc, input_precision=PRECISION)
-    at = out + (part.to(tl.int64) * out_rows + row)[:, None] * D + column[None, :]
-    mask = row_inside[:, None] & column_inside[None, :]
+    at = out + (part.to(tl.int64) * out_rows + first) * D + first_column + row[:, None] * D + column[None, :]
     if accumulate != 0:
         acc += tl.load(at, mask=mask, other=0)
     tl.store(at, acc, mask=mask)

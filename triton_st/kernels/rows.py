@@ -1,7 +1,8 @@
 """What is done row by row round the matrix products: norms, copies of safe size, gradients through the norm.
 
-A row of any size becomes power · row, with `power` a power of two (so no bit is lost), times `inverse`, one over the
-norm of that. Squares then neither overflow nor vanish, and half-precision products see numbers of one size.
+A row of any size becomes power · row, with `power` a power of two (so no bit is lost), over `norm`, the norm of that or
+the limit EPS where it is below: squares neither overflow nor vanish, and half-precision products see numbers of one
+size. A zero row has the norm inf, so that dividing by it gives 0.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _EPS = tl.constexpr(EPS)
 _COPY_EXPONENT = tl.constexpr(COPY_EXPONENT)
 # Rows shorter than EPS are divided by EPS, not by their norm; their power of two, which no other row has, says so.
 _BELOW_EPS_POWER = tl.constexpr(2.0 ** (COPY_EXPONENT + 41))
-_BELOW_EPS_INVERSE = tl.constexpr(1 / (EPS * 2.0 ** (COPY_EXPONENT + 41)))
+_BELOW_EPS_NORM = tl.constexpr(EPS * 2.0 ** (COPY_EXPONENT + 41))
 # Entries within 2^±40 need no power of two: products of two rows stay within 2^±80, far from float32's limits.
 _SAFE_EXPONENT = tl.constexpr(40)
 
@@ -42,15 +43,22 @@ def floor_log2(x):
 
 
 @triton.jit
-def _norms(x, row, count, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Norms of power · x and `power` itself, 1 unless a row's size is extreme. Each [BLOCK_R]."""
-    column = tl.arange(0, BLOCK_D)
-    offset = row.to(tl.int64)[:, None] * D + column[None, :]
+def inverse(norm, BLOCK: tl.constexpr, left):
+    """One over each of the first norms [BLOCK], 1 past the end."""
+    row = tl.arange(0, BLOCK)
+    return tl.div_rn(1.0, tl.load(norm + row, mask=row < left, other=1))
+
+
+@triton.jit
+def _norms(x, left, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Norms of power · x and `power` itself, 1 unless a row's size is extreme; x at the first of `left` rows. [BLOCK_R]."""
+    row, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    at = x + row[:, None] * D + column[None, :]
     largest = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     squares = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
-        mask = (row < count)[:, None] & (start + column < D)[None, :]
-        value = tl.load(x + offset + start, mask=mask, other=0).to(tl.float32)
+        mask = (row < left)[:, None] & (start + column < D)[None, :]
+        value = tl.load(at + start, mask=mask, other=0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(value))
         squares += value * value
     largest = tl.max(largest, 1)
@@ -60,23 +68,23 @@ def _norms(x, row, count, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.co
     if x.dtype.element_ty != tl.float16 and tl.max(extreme.to(tl.int32)) != 0:
         squares = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         for start in range(0, D, BLOCK_D):
-            mask = (row < count)[:, None] & (start + column < D)[None, :]
-            value = tl.load(x + offset + start, mask=mask, other=0).to(tl.float32) * power[:, None]
+            mask = (row < left)[:, None] & (start + column < D)[None, :]
+            value = tl.load(at + start, mask=mask, other=0).to(tl.float32) * power[:, None]
             squares += value * value
     return tl.sqrt_rn(tl.sum(squares, 1)), power
 
 
 @triton.jit
 def _write_statistics(
-    x, power_out, inverse_out, extreme_out, block, count, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    x, power_out, norm_out, extreme_out, block, count, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    norm, power = _norms(x, row, count, D, BLOCK_R, BLOCK_D)
+    first, row = block * BLOCK_R, tl.arange(0, BLOCK_R)
+    left = count - first
+    norm, power = _norms(x + first.to(tl.int64) * D, left, D, BLOCK_R, BLOCK_D)
     floor = _EPS * power
-    inverse = tl.div_rn(1.0, tl.where(norm == 0, 1.0, tl.where(norm < floor, floor, norm)))
-    inverse = tl.where(norm == 0, 0.0, inverse)
-    tl.store(power_out + row, power, mask=row < count)
-    tl.store(inverse_out + row, inverse, mask=row < count)
+    norm = tl.where(norm == 0, float("inf"), tl.where(norm < floor, floor, norm))
+    tl.store(power_out + first + row, power, mask=row < left)
+    tl.store(norm_out + first + row, norm, mask=row < left)
     if x.dtype.element_ty != tl.float16 and tl.max((power != 1.0).to(tl.int32)) != 0:
         tl.atomic_or(extreme_out, 1)
 
@@ -84,7 +92,7 @@ def _write_statistics(
 @triton.jit(do_not_specialize=["a_count", "b_count"])
 def _statistics_kernel(
     a, b,  # [M, D], [N, D]
-    a_power, a_inverse, b_power, b_inverse,  # [M], [M], [N], [N]
+    a_power, a_norm, b_power, b_norm,  # [M], [M], [N], [N]
     extreme,  # [1], set to 1 if any power is not 1
     a_count, b_count,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -92,34 +100,36 @@ def _statistics_kernel(
     block = tl.program_id(0)
     a_blocks = tl.cdiv(a_count, BLOCK_R)
     if block < a_blocks:
-        _write_statistics(a, a_power, a_inverse, extreme, block, a_count, D, BLOCK_R, BLOCK_D)
+        _write_statistics(a, a_power, a_norm, extreme, block, a_count, D, BLOCK_R, BLOCK_D)
     else:
-        _write_statistics(b, b_power, b_inverse, extreme, block - a_blocks, b_count, D, BLOCK_R, BLOCK_D)
+        _write_statistics(b, b_power, b_norm, extreme, block - a_blocks, b_count, D, BLOCK_R, BLOCK_D)
 
 
 @triton.jit
 def _write_copy(
-    x, copy, power_out, inverse_out, block, count,
+    x, copy, power_out, norm_out, block, count,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    norm, power = _norms(x, row, count, D, BLOCK_R, BLOCK_D)
+    first, row, column = block * BLOCK_R, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    left = count - first
+    x += first.to(tl.int64) * D
+    copy += first.to(tl.int64) * D
+    norm, power = _norms(x, left, D, BLOCK_R, BLOCK_D)
     below = (norm < _EPS * power) & (norm > 0)
     ordinary = (norm > 0) & (norm < float("inf"))
     shift = tl.where(ordinary, _COPY_EXPONENT - floor_log2(norm), 0)
-    inverse = tl.div_rn(1.0, tl.where(norm == 0, 1.0, norm * power_of_two(shift)))
-    inverse = tl.where(norm == 0, 0.0, tl.where(below, _BELOW_EPS_INVERSE, inverse))
     power = power_of_two(shift + tl.where(ordinary, floor_log2(power), 0))
     power = tl.where(norm == 0, 0.0, tl.where(below, _BELOW_EPS_POWER, power))
-    tl.store(power_out + row, power, mask=row < count)
-    tl.store(inverse_out + row, inverse, mask=row < count)
-    column = tl.arange(0, BLOCK_D)
-    offset = row.to(tl.int64)[:, None] * D + column[None, :]
+    norm = tl.where(below, _BELOW_EPS_NORM, norm * power_of_two(shift))
+    norm = tl.where(norm == 0, float("inf"), norm)
+    tl.store(power_out + first + row, power, mask=row < left)
+    tl.store(norm_out + first + row, norm, mask=row < left)
+    offset = row[:, None] * D + column[None, :]
     for start in range(0, D, BLOCK_D):
-        mask = (row < count)[:, None] & (start + column < D)[None, :]
+        mask = (row < left)[:, None] & (start + column < D)[None, :]
         value = tl.load(x + offset + start, mask=mask, other=0).to(tl.float32) * power[:, None]
         if UNIT:
-            value = value * inverse[:, None]
+            value = tl.div_rn(value, tl.broadcast_to(norm[:, None], [BLOCK_R, BLOCK_D]))
         tl.store(copy + offset + start, value.to(copy.dtype.element_ty), mask=mask)
 
 
@@ -127,79 +137,89 @@ def _write_copy(
 def _copy_kernel(
     a, b,  # [M, D], [N, D]
     a_copy, b_copy,  # the same, scaled
-    a_power, a_inverse, b_power, b_inverse,  # [M], [M], [N], [N]
+    a_power, a_norm, b_power, b_norm,  # [M], [M], [N], [N]
     a_count, b_count,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     a_blocks = tl.cdiv(a_count, BLOCK_R)
     if block < a_blocks:
-        _write_copy(a, a_copy, a_power, a_inverse, block, a_count, D, BLOCK_R, BLOCK_D, UNIT)
+        _write_copy(a, a_copy, a_power, a_norm, block, a_count, D, BLOCK_R, BLOCK_D, UNIT)
     else:
-        _write_copy(b, b_copy, b_power, b_inverse, block - a_blocks, b_count, D, BLOCK_R, BLOCK_D, UNIT)
+        _write_copy(b, b_copy, b_power, b_norm, block - a_blocks, b_count, D, BLOCK_R, BLOCK_D, UNIT)
 
 
 @triton.jit
 def _through_norm(
-    sums, parts, undo, row, count, x, power, inverse, other, other_factor, start,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    sums, part_stride, parts, undo, x, power, norm, other, other_power, other_weight, offset, mask,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One column block of the gradient of the unit rows, and of the unit rows themselves. [BLOCK_R, BLOCK_D] each."""
-    column = start + tl.arange(0, BLOCK_D)
-    mask = (row < count)[:, None] & (column < D)[None, :]
-    offset = row.to(tl.int64)[:, None] * D + column[None, :]
-    grad = tl.load(sums + offset, mask=mask, other=0)
     at = sums + offset
+    grad = tl.load(at, mask=mask, other=0)
     for _ in range(1, parts):
-        at += count.to(tl.int64) * D
+        at += part_stride
         grad += tl.load(at, mask=mask, other=0)
     if other is not None:
-        # The row of the positive, taken out of the products: it never meets half precision.
-        positive = tl.load(other + offset, mask=mask & (other_factor != 0)[:, None], other=0).to(tl.float32)
-        grad = grad * undo[:, None] - positive * other_factor[:, None]
-    unit = tl.load(x + offset, mask=mask, other=0).to(tl.float32) * power[:, None] * inverse[:, None]
-    return grad, unit, mask, offset
+        # The row of the positive, kept out of the products: it never meets half precision.
+        positive = tl.load(other + offset, mask=mask & (other_weight != 0)[:, None], other=0).to(tl.float32)
+        grad = grad * undo[:, None] - positive * other_power[:, None] * other_weight[:, None]
+    unit = tl.load(x + offset, mask=mask, other=0).to(tl.float32) * power[:, None]
+    return grad, tl.div_rn(unit, tl.broadcast_to(norm[:, None], [BLOCK_R, BLOCK_D]))
 
 
 @triton.jit(do_not_specialize=["count", "parts", "other_count", "share_parts"])
 def _project_kernel(
     sums,  # [parts, count, D] float32: gradient of the unit rows, in parts
-    x, power, inverse, out,  # [count, D], [count], [count], [count, D]
-    other, other_power, other_inverse,  # each row's partner in a positive pair: [other_count ≤ count, D], or None
+    x, power, norm, out,  # [count, D], [count], [count], [count, D]
+    other, other_power, other_norm,  # each row's partner in a positive pair: [other_count ≤ count, D], or None
     share,  # [share_parts, other_count]: probability that a pair's query gives to other documents, in parts
     grad_loss,  # [] or None
     coefficient, undo,
     count, parts, other_count, share_parts,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_power = tl.load(power + row, mask=row < count, other=0)
-    row_inverse = tl.load(inverse + row, mask=row < count, other=0)
-    row_undo = tl.full([BLOCK_R], 1.0, tl.float32)
-    other_factor = tl.zeros([BLOCK_R], tl.float32)
+    first, row, column = tl.program_id(0) * BLOCK_R, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    inside = row < count - first
+    power = tl.load(power + first + row, mask=inside, other=0)
+    norm = tl.load(norm + first + row, mask=inside, other=1)
+    undo_row = tl.full([BLOCK_R], 1.0, tl.float32)
+    other_weight = tl.zeros([BLOCK_R], tl.float32)
     if other is not None:
-        row_undo = tl.div_rn(undo, tl.where(row_inverse == 0, 1.0, row_inverse))
-        paired = (row < count) & (row < other_count)
-        slot = row.to(tl.int64)
+        undo_row = undo * tl.where(norm < float("inf"), norm, 1.0)
+        paired = row < tl.minimum(count, other_count) - first
+        share += first + row
         for _ in range(0, share_parts):
-            other_factor += tl.load(share + slot, mask=paired, other=0)
-            slot += other_count
-        other_factor = other_factor * tl.load(other_power + row, mask=paired, other=0)
-        other_factor = other_factor * tl.load(other_inverse + row, mask=paired, other=0)
+            other_weight += tl.load(share, mask=paired, other=0)
+            share += other_count
+        other_weight = tl.div_rn(other_weight, tl.load(other_norm + first + row, mask=paired, other=1))
+        other_power = tl.load(other_power + first + row, mask=paired, other=0)
+        other += first.to(tl.int64) * D
         coefficient = coefficient * tl.load(grad_loss).to(tl.float32)
+    sums += first.to(tl.int64) * D
+    x += first.to(tl.int64) * D
+    out += first.to(tl.int64) * D
+    part_stride = tl.cast(count, tl.int64) * D
     radial = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
-        grad, unit, mask, offset = _through_norm(
-            sums, parts, row_undo, row, count, x, row_power, row_inverse, other, other_factor, start, D, BLOCK_D
-        )
+        mask = inside[:, None] & (column < D - start)[None, :]
+        offset = row[:, None] * D + column[None, :] + start
+        grad, unit = _through_norm(
+            sums, part_stride, parts, undo_row, x, power, norm, other, other_power, other_weight, offset, mask,
+            BLOCK_R, BLOCK_D,
+        )  # fmt: skip
         radial += grad * unit
-    radial = tl.where(row_power == _BELOW_EPS_POWER, 0.0, tl.sum(radial, 1))
+    radial = tl.where(power == _BELOW_EPS_POWER, 0.0, tl.sum(radial, 1))
+    factor = tl.div_rn(tl.zeros([BLOCK_R], tl.float32) + coefficient, norm)
     for start in range(0, D, BLOCK_D):
-        grad, unit, mask, offset = _through_norm(
-            sums, parts, row_undo, row, count, x, row_power, row_inverse, other, other_factor, start, D, BLOCK_D
-        )
-        grad = (grad - unit * radial[:, None]) * (coefficient * row_inverse)[:, None] * row_power[:, None]
-        grad = tl.where((row_power == 0)[:, None], 0.0, grad)
+        mask = inside[:, None] & (column < D - start)[None, :]
+        offset = row[:, None] * D + column[None, :] + start
+        grad, unit = _through_norm(
+            sums, part_stride, parts, undo_row, x, power, norm, other, other_power, other_weight, offset, mask,
+            BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+        grad = (grad - unit * radial[:, None]) * factor[:, None] * power[:, None]
+        grad = tl.where((power == 0)[:, None], 0.0, grad)
         tl.store(out + offset, grad.to(out.dtype.element_ty), mask=mask)
 
 
@@ -208,38 +228,38 @@ def _blocks(*counts: int) -> int:
 
 
 class Statistics:
-    """Per-row `power` and `inverse` of two sets of rows, and whether any power is not 1. One launch."""
+    """Per-row `power` and `norm` of two sets of rows, and whether any power is not 1. One launch."""
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         (m, d), n = a.shape, len(b)
-        self.a_power, self.a_inverse, self.b_power, self.b_inverse = a.new_empty(
-            2 * (m + n), dtype=torch.float32
-        ).split((m, m, n, n))
+        self.a_power, self.a_norm, self.b_power, self.b_norm = a.new_empty(2 * (m + n), dtype=torch.float32).split(
+            (m, m, n, n)
+        )
         self.extreme = torch.zeros(1, dtype=torch.int32, device=a.device)
         launch(
             _statistics_kernel, (_blocks(m, n),),
-            a=a, b=b, a_power=self.a_power, a_inverse=self.a_inverse, b_power=self.b_power, b_inverse=self.b_inverse,
+            a=a, b=b, a_power=self.a_power, a_norm=self.a_norm, b_power=self.b_power, b_norm=self.b_norm,
             extreme=self.extreme, a_count=m, b_count=n, D=d, BLOCK_R=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS, num_warps=4,
         )  # fmt: skip
 
 
 class Scaled:
-    """Rows [N, D] with the power and inverse that `copy_rows` fills in."""
+    """Rows [N, D] with the power and norm that `copy_rows` fills in."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-        self.power, self.inverse = rows.new_empty(2, len(rows), dtype=torch.float32)
+        self.power, self.norm = rows.new_empty(2, len(rows), dtype=torch.float32)
 
 
 def copy_rows(a: Scaled, b: Scaled, a_range: slice, b_range: slice, *, unit: bool) -> tuple[Tensor, Tensor]:
-    """Copies of ranges of both sets of rows, their norms in [2^7, 2^8) or 1; fills in power and inverse. One launch."""
+    """Copies of ranges of both sets of rows, their norms in [2^7, 2^8) or 1; fills in power and norm. One launch."""
     a_rows, b_rows = a.rows[a_range], b.rows[b_range]
     a_copy, b_copy = torch.empty_like(a_rows), torch.empty_like(b_rows)
     launch(
         _copy_kernel, (_blocks(len(a_rows), len(b_rows)),),
         a=a_rows, b=b_rows, a_copy=a_copy, b_copy=b_copy,
-        a_power=a.power[a_range], a_inverse=a.inverse[a_range],
-        b_power=b.power[b_range], b_inverse=b.inverse[b_range],
+        a_power=a.power[a_range], a_norm=a.norm[a_range],
+        b_power=b.power[b_range], b_norm=b.norm[b_range],
         a_count=len(a_rows), b_count=len(b_rows), D=a_rows.shape[1],
         BLOCK_R=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS, UNIT=unit, num_warps=4,
     )  # fmt: skip
@@ -261,9 +281,9 @@ def project(
     count, d = x.rows.shape
     launch(
         _project_kernel, (_blocks(count),),
-        sums=sums, x=x.rows, power=x.power, inverse=x.inverse, out=out,
+        sums=sums, x=x.rows, power=x.power, norm=x.norm, out=out,
         other=partner.rows if partner else None, other_power=partner.power if partner else None,
-        other_inverse=partner.inverse if partner else None, share=share, grad_loss=grad_loss,
+        other_norm=partner.norm if partner else None, share=share, grad_loss=grad_loss,
         coefficient=coefficient, undo=undo, count=count, parts=len(sums),
         other_count=0 if share is None else share.shape[1], share_parts=0 if share is None else len(share),
         D=d, BLOCK_R=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS, num_warps=4,
