@@ -189,6 +189,14 @@ def test_random_embeddings_give_sentence_transformers_numbers(seed: int, n: int)
     assert got == pytest.approx(expected, abs=1e-6)
 
 
+def test_enum_of_similarities_has_sentence_transformers_names() -> None:
+    first, second, scores, model = pairs(20)
+    for name, member in evaluation.SimilarityFunction.__members__.items():
+        assert member.value == SimilarityFunction[name].value
+        evaluator = EmbeddingSimilarityEvaluator(first, second, scores, main_similarity=member)
+        assert set(evaluator(model)) == {f"pearson_{member.value}", f"spearman_{member.value}"}
+
+
 def test_each_sentence_is_encoded_once() -> None:
     first, second, scores, model = pairs(50)
     EmbeddingSimilarityEvaluator(first, second, scores)(model)

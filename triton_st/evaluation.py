@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 from numbers import Real
 from typing import Any
 
@@ -21,13 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triton_st.util import (
-    normalize_embeddings,
-    pairwise_cos_sim,
-    pairwise_dot_score,
-    pairwise_euclidean_sim,
-    pairwise_manhattan_sim,
-)
+from triton_st import util
 
 try:
     import fcntl
@@ -36,14 +31,18 @@ except ImportError:  # Windows has no fcntl: there, rows are appended without a 
 
 logger = logging.getLogger(__name__)
 
-SIMILARITY_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": pairwise_cos_sim,
-    "manhattan": pairwise_manhattan_sim,
-    "euclidean": pairwise_euclidean_sim,
-    "dot": pairwise_dot_score,
-}
 # Below this spread, relative to their size, fp32 similarities are told apart by rounding alone.
 COLLAPSED_SPREAD = 1e-6
+
+
+class SimilarityFunction(Enum):
+    """Names of the similarity functions, as sentence-transformers' enum of this name."""
+
+    COSINE = "cosine"
+    DOT_PRODUCT = "dot"
+    DOT = "dot"
+    EUCLIDEAN = "euclidean"
+    MANHATTAN = "manhattan"
 
 
 def pearson_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -160,7 +159,7 @@ class EmbeddingSimilarityEvaluator(BaseEvaluator):
         sentences2: Sequence[str],
         scores: Sequence[float],
         batch_size: int = 16,
-        main_similarity: Any = None,
+        main_similarity: str | Enum | None = None,
         similarity_fn_names: Sequence[str] | None = None,
         name: str = "",
         show_progress_bar: bool | None = False,
@@ -285,7 +284,7 @@ class EmbeddingSimilarityEvaluator(BaseEvaluator):
         if self.truncate_dim is not None:
             embeddings = embeddings[:, : self.truncate_dim]
         if self.precision is not None:
-            embeddings = normalize_embeddings(embeddings)
+            embeddings = util.normalize_embeddings(embeddings)
         row = {sentence: index for index, sentence in enumerate(unique)}
         rows1, rows2 = ([row[sentence] for sentence in side] for side in (self.sentences1, self.sentences2))
         return embeddings[rows1], embeddings[rows2]
@@ -406,10 +405,10 @@ def _checked_scores(scores: Sequence[float]) -> list[float]:
 
 
 def _similarity_name(argument: str, value: Any) -> str:
-    """The name of a similarity function, from itself or from sentence-transformers' SimilarityFunction."""
-    name = getattr(value, "value", value)
-    if name not in SIMILARITY_FUNCTIONS:
-        raise ValueError(f"{argument} must be one of {list(SIMILARITY_FUNCTIONS)}, got {value!r}")
+    """The name of a similarity function, from itself or from an enum: ours or sentence-transformers'."""
+    name = value.value if isinstance(value, Enum) else value
+    if name not in util.SIMILARITIES:
+        raise ValueError(f"{argument} must be one of {list(util.SIMILARITIES)}, got {value!r}")
     return name
 
 
@@ -418,7 +417,7 @@ def _similarities(fn: str, embeddings1: Tensor, embeddings2: Tensor) -> np.ndarr
     size = max(embeddings1.abs().max().item(), embeddings2.abs().max().item())
     if 4 * embeddings1.shape[1] * size**2 > torch.finfo(torch.float32).max:
         embeddings1, embeddings2 = embeddings1.double(), embeddings2.double()
-    return SIMILARITY_FUNCTIONS[fn](embeddings1, embeddings2).numpy().astype(np.float64)
+    return util.SIMILARITIES[fn][1](embeddings1, embeddings2).numpy().astype(np.float64)
 
 
 def _append_csv(path: str, headers: list[str], row: list[Any]) -> None:
