@@ -103,6 +103,7 @@ def test_a_log_of_nothing_but_nan_is_drawn(tmp_path: Path) -> None:
     assert plot_training([{"spearman_cosine": math.nan, "step": 0}], tmp_path / "b.png")
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("name", ["a$b$", "x^2_{", "_hidden", "日本", "a|b"])
 def test_any_name_of_a_data_set_is_drawn(name: str, tmp_path: Path) -> None:
     assert plot_training([{f"eval_{name}_spearman_cosine": 0.5, "step": 3}], tmp_path / "a.png")
