@@ -167,7 +167,7 @@ def _train(args: argparse.Namespace) -> None:
     eval_dataset = load_training_dataset(args.eval_file) if args.eval_file else None
     evaluators = _sts_evaluators(args)
     model = _train_model(args, train_dataset)
-    test_before = evaluators["test"](model)
+    test_before = evaluators["test"](model, epoch=0, steps=0)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=recipes.arguments(
