@@ -163,9 +163,11 @@ def _group_rows_by_repeated_texts(codes: npt.NDArray[np.int32]) -> tuple[IntArra
     for column in ranks.T:  # one column at a time: far cheaper than sorting whole rows
         _, keys = np.unique(keys * (repeated + 2) + column, return_inverse=True)
     _, first_row = np.unique(keys, return_index=True)
-    key_texts = [tuple(text for text in texts if text <= repeated) for texts in ranks[first_row].tolist()]
-    if key_texts[-1] == ():  # rows without repeated texts sort last
-        keys[keys == len(key_texts) - 1] = -1
+    of_key = ranks[first_row]
+    lengths = (of_key <= repeated).sum(axis=1)
+    padded = zip(*(column.tolist() for column in of_key.T), strict=True)  # tuples at once: a third of the time
+    key_texts = [texts[:length] for texts, length in zip(padded, lengths.tolist(), strict=True)]
+    keys[lengths[keys] == 0] = -1
     return keys, key_texts
 
 
@@ -173,12 +175,12 @@ def _first_fit(keys: list[int], key_texts: list[tuple[int, ...]], batch_size: in
     """Put each row, in the order given, into the first batch that is not full and holds none of its texts.
 
     This gives the same batches as filling them one after the other, each from all the rows left over, but in one pass:
-    which batches a row may skip is remembered, in three ways that only ever grow.
+    what a row may skip is remembered, in three ways that only ever grow.
 
-    - Per text, a union-find over batch numbers leads from a batch that holds the text to the next that does not; for
-      the most frequent text of a row, it also skips full batches.
-    - Per key (a row's set of repeated texts), the last batch used: no earlier one can have opened since.
     - For all rows, the first batch that is not full.
+    - Per key (a row's set of repeated texts), the batch after the last used: every earlier one stays blocked.
+    - Per text, a union-find over batch numbers: from a batch once found to hold it to the next that might not. That of
+      the most frequent text of a row also skips full batches.
 
     What is left to walk are alternations between batches blocked by one text of a row and by another, once per key:
     for n rows at most n**1.5 steps, with data made for it; a few per row in practice.
@@ -186,43 +188,48 @@ def _first_fit(keys: list[int], key_texts: list[tuple[int, ...]], batch_size: in
     stride = len(keys) + 1  # more than there can be batches: text * stride + batch is unique
     after: dict[int, int] = {}
     start = [0] * len(key_texts)
-    key_bases = [tuple(text * stride for text in texts) for texts in key_texts]
-    sizes = [0] * stride
+    sizes = [0]
+    held: list[set[int]] = [set()]  # the repeated texts in each batch; emptied when it is full
     head = 0
     batch_of = np.empty(len(keys), dtype=np.int64)
     for position, key in enumerate(keys):
-        if key < 0:
-            batch = head
-        else:
-            bases = key_bases[key]
+        batch = head
+        if key >= 0:
+            texts = key_texts[key]
             batch = max(start[key], head)
-            searching = True
-            while searching:
-                searching = False
+            while batch < len(sizes):
                 if sizes[batch] == batch_size:
-                    after.setdefault(bases[0] + batch, batch + 1)
-                for base in bases:
-                    if base + batch in after:
-                        batch = _skip(after, base, batch)
-                        searching = True
+                    blocking = texts[0]
+                else:
+                    here = held[batch]
+                    for blocking in texts:
+                        if blocking in here:
+                            break
+                    else:
                         break
+                batch = _skip(after, blocking * stride, batch)
             start[key] = batch + 1
-            for base in bases:
-                after[base + batch] = batch + 1
+        if batch == len(sizes):
+            sizes.append(0)
+            held.append(set())
         batch_of[position] = batch
         sizes[batch] += 1
-        while sizes[head] == batch_size:
-            head += 1
+        if sizes[batch] == batch_size:
+            held[batch] = set()
+            while head < len(sizes) and sizes[head] == batch_size:
+                head += 1
+        elif key >= 0:
+            held[batch].update(texts)
     return batch_of
 
 
 def _skip(after: dict[int, int], base: int, batch: int) -> int:
-    """Follow `after` from a blocked batch to the end of the chain, and point the whole chain there."""
-    chain = [base + batch]
-    batch = after[base + batch]
-    while (following := after.get(base + batch)) is not None:
-        chain.append(base + batch)
-        batch = following
-    for link in chain:
+    """The first batch beyond `batch` that is not known to be blocked; everything passed will lead straight to it."""
+    passed = [base + batch]
+    batch = after.get(base + batch, batch + 1)
+    while (beyond := after.get(base + batch)) is not None:
+        passed.append(base + batch)
+        batch = beyond
+    for link in passed:
         after[link] = batch
     return batch
