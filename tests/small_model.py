@@ -9,28 +9,8 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 from triton_st import SentenceTransformer
 from triton_st.models import BertModel
 
-WORDS = [
-    "the",
-    "a",
-    "boy",
-    "girl",
-    "dog",
-    "cat",
-    "park",
-    "river",
-    "plays",
-    "runs",
-    "sleeps",
-    "red",
-    "small",
-    "in",
-    "near",
-    "with",
-    "ball",
-    "tree",
-    "happy",
-    "old",
-]
+WORDS = ["the", "a", "boy", "girl", "dog", "cat", "park", "river", "plays", "runs", "sleeps", "red"]
+WORDS += ["small", "in", "near", "with", "ball", "tree", "happy", "old"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

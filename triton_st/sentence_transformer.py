@@ -147,6 +147,7 @@ class SentenceTransformer(nn.Module):
                 f"got {len(tokenizer)}"
             )
         self.encoder = encoder
+        self.training = encoder.training  # a loaded one is in evaluation mode
         self.tokenizer = tokenizer
         self.normalize = config.normalize
         self.prompts = dict(config.prompts)
@@ -222,8 +223,11 @@ class SentenceTransformer(nn.Module):
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
         # The padding and truncation that a tokenizer.json carries are not this model's: all-MiniLM's pads to 128.
         backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.enable_truncation(self.max_seq_length, direction=self.tokenizer.truncation_side)
+        rule = {"max_length": self.max_seq_length, "direction": self.tokenizer.truncation_side, "stride": 0}
+        if backend.padding is not None:  # set only what differs: another thread may be encoding
+            backend.no_padding()
+        if backend.truncation is None or not rule.items() <= backend.truncation.items():
+            backend.enable_truncation(**rule)
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
         except TypeError:  # lone surrogates, which UTF-8 cannot carry

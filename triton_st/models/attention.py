@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triton_st.models.functional import keep_mask, widen
+from triton_st.models.functional import keep_mask, store, widen
 
 _BUCKET_COST = 8_000
 """What one more bucket costs, in elements of one head's score matrix; measured on two cores with short texts."""
@@ -130,7 +130,7 @@ class _PackedAttention(torch.autograd.Function):
                 mask, factor = keep_mask(probabilities.shape, dropout_p, qkv.device)
                 weights = probabilities * mask
             attended = (_t(v) @ _t(weights)).mul_(factor)  # [n, H, d, L], smaller than the weights
-            outputs.append(attended.permute(0, 3, 1, 2).to(qkv.dtype).reshape(-1, heads * size))
+            outputs.append(store(attended, qkv.dtype).permute(0, 3, 1, 2).reshape(-1, heads * size))
             if keep:
                 saved += [probabilities.to(qkv.dtype), mask]
         out = torch.cat(outputs) if outputs else qkv.new_empty(0, heads * size)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from triton_st.models.attention import AttentionPlan, packed_attention
-from triton_st.models.functional import dropout, dropout_add_layer_norm, feed_forward, layer_norm, linear
+from triton_st.models.functional import dropout, dropout_add_layer_norm, feed_forward, linear, store, widen
 from triton_st.models.packing import check_packed
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -37,9 +37,8 @@ class BertEmbeddings(nn.Module):
             embedded = embedded + self.token_type_embeddings.weight[0]
         else:
             embedded = embedded + self.token_type_embeddings(token_type_ids)
-        norm = self.LayerNorm
-        hidden = layer_norm(embedded, norm.weight, norm.bias, norm.eps, dtype)
-        return dropout(hidden, self.dropout_p if self.training else 0.0)
+        hidden = self.LayerNorm(widen(embedded))
+        return store(dropout(hidden, self.dropout_p if self.training else 0.0), dtype)
 
 
 class BertSelfAttention(nn.Module):

@@ -29,6 +29,7 @@ _LEGACY_POOLING = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*.md"]
 _HUB_IGNORED = ["onnx/*", "openvino/*"]
@@ -217,6 +218,8 @@ def load_tokenizer(folder: Path, config: FolderConfig) -> PreTrainedTokenizerBas
     Raises:
         ValueError: the folder has no tokenizer that transformers can load.
     """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):  # transformers would make an empty one up
+        raise ValueError(f"{folder}: no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
     except Exception as error:  # transformers raises whatever its tokenizer classes do

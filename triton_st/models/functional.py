@@ -56,7 +56,7 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return widen(grad.t() @ x)
 
 
-def _store(x: Tensor, dtype: torch.dtype) -> Tensor:
+def store(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast to the storage dtype. A finite value past float16's range is stored as its largest; inf and NaN stay."""
     if dtype == torch.float16 and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
         low, high = x.aminmax()
@@ -70,7 +70,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, out_dtype: torch.dtype) -> Tensor:
         compute = _compute_dtype(x)
         ctx.save_for_backward(x, weight)
-        return _store(_product(x.to(compute), weight.to(compute), bias.to(compute)), out_dtype)
+        return store(_product(x.to(compute), weight.to(compute), bias.to(compute)), out_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,10 +109,10 @@ class _FeedForward(torch.autograd.Function):
         compute = _compute_dtype(x)
         w1c, b1c, w2c, b2c = (p.to(compute) for p in (w1, b1, w2, b2))
         if not keep:  # nothing to remember: GELU runs as the first product's epilogue
-            return _store(_product(_product(x.to(compute), w1c, b1c, "gelu"), w2c, b2c), out_dtype)
+            return store(_product(_product(x.to(compute), w1c, b1c, "gelu"), w2c, b2c), out_dtype)
         pre = _product(x.to(compute), w1c, b1c)
-        y = _store(_product(F.gelu(pre), w2c, b2c), out_dtype)
-        ctx.save_for_backward(x, _store(pre, x.dtype), w1, w2)
+        y = store(_product(F.gelu(pre), w2c, b2c), out_dtype)
+        ctx.save_for_backward(x, store(pre, x.dtype), w1, w2)
         return y
 
     @staticmethod
@@ -210,7 +210,7 @@ class _AddLayerNorm(torch.autograd.Function):
                 ctx.save_for_backward(weight, bias, mask, ((total - mean) * rstd).to(residual.dtype), None, rstd)
             ctx.factor = factor
             ctx.dtypes = x.dtype, residual.dtype
-        return y.to(residual.dtype)
+        return store(y, residual.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -250,8 +250,3 @@ def dropout_add_layer_norm(
     mask, factor = keep_mask(x.shape, dropout_p, x.device) if dropout_p > 0.0 else (None, 1.0)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, weight, bias))
     return _AddLayerNorm.apply(x, residual, weight, bias, eps, mask, factor, keep)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-    """LayerNorm of x [T, D] in at least float32, stored as `out_dtype`."""
-    return F.layer_norm(widen(x), (x.shape[-1],), weight, bias, eps).to(out_dtype)
