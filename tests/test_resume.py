@@ -220,7 +220,9 @@ def stopped(folder: Path, step: int, **changes: Any) -> None:
         run(folder, callbacks=[Stop(step)], **changes)
 
 
-@pytest.mark.parametrize("settings", [{"fp16": False, "optim": "adamw_torch"}, {"fp16": False, "bf16": True}])
+@pytest.mark.parametrize(
+    "settings", [{"fp16": False, "optim": "adamw_torch"}, {"bf16": True, "fp16": False, "full_determinism": True}]
+)
 def test_other_settings_resume_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
     whole = run(tmp_path / "whole", **settings)
     stopped(tmp_path / "parts", 5, **settings)

@@ -100,6 +100,52 @@ def test_losses_and_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path, 
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 3, "lr_scheduler_type": "cosine", "weight_decay": 0.01},
+        {"learning_rate_mapping": {"word_embeddings": 1e-2}, "optim": "adamw_torch", "max_grad_norm": 0.0},
+    ],
+)
+def test_history_is_that_of_sentence_transformers_trainer(tmp_path: Path, settings: dict[str, Any]) -> None:
+    pytest.importorskip("accelerate", reason="sentence-transformers' trainer needs accelerate")
+    st = pytest.importorskip("sentence_transformers")
+    tiny_model(**NO_DROPOUT).save_pretrained(tmp_path / "model", create_model_card=False)
+    common = {"warmup_steps": 0.1, "eval_strategy": "steps", "eval_steps": 4, "report_to": "none", **settings}
+    data, evaluation_data = tiny_data(90), tiny_data(20)
+    ours = trainer(
+        tmp_path,
+        SentenceTransformer(str(tmp_path / "model"), device="cpu"),
+        train_dataset=data,
+        eval_dataset=evaluation_data,
+        **common,
+    )
+    ours.train()
+    model = st.SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    given = {name: getattr(ours.args, name) for name in ("learning_rate", "num_train_epochs", "logging_steps")}
+    theirs = st.SentenceTransformerTrainer(
+        model=model,
+        args=st.SentenceTransformerTrainingArguments(
+            str(tmp_path / "st"),
+            batch_sampler="no_duplicates",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            **{**given, **common},
+        ),
+        train_dataset=data,
+        eval_dataset=evaluation_data,
+        loss=st.sentence_transformer.losses.MultipleNegativesRankingLoss(model),
+    )
+    theirs.train()
+    expected = theirs.state.log_history[:-1]  # without the summary
+    history = [entry for entry in ours.state.log_history[:-1] if entry["step"] > 0]  # ST does not evaluate at step 0
+    assert len(history) == len(expected) > 8
+    for entry, reference in zip(history, expected, strict=True):
+        assert entry == pytest.approx({name: reference[name] for name in entry}, rel=2e-5)
+
+
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     run = trainer(tmp_path, tiny_model(**NO_DROPOUT), num_train_epochs=12, learning_rate=3e-3)
     run.train()
@@ -463,6 +509,7 @@ def test_best_strategy_saves_only_what_is_better(tmp_path: Path) -> None:
             load_best_model_at_end=True,
             save_strategy="epoch",
         ).train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2  # it failed before the first step
 
 
 def test_callbacks_may_stop_training(tmp_path: Path) -> None:
@@ -551,6 +598,11 @@ def test_prompts_change_what_is_trained_on(tmp_path: Path) -> None:
             Dataset.from_dict({"a": ["x", "y"], "b": ["x", None]}),
             TypeError,
             "column 'b', row 1: expected a string, got No",
+        ),
+        (
+            Dataset.from_dict({"a": ["x"], "label": ["y"]}),
+            TypeError,
+            "column 'label', row 0: expected a number, got 'y'",
         ),
         (Dataset.from_dict({"a": ["x"], "b": [1]}), TypeError, "column 'b', row 0: expected a string, got 1"),
     ],

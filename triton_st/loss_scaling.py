@@ -16,8 +16,8 @@ class LossScaler:
 
     The scale is a power of two, so that scaling and unscaling lose no bit. A step with a gradient that is not finite
     is skipped and the scale halved; after `growth_interval` good steps in a row it is doubled. Numbers as in
-    `torch.amp.GradScaler`, which serves CUDA only in this form; method: Micikevicius et al., "Mixed Precision
-    Training", https://arxiv.org/abs/1710.03740, section 3.2.
+    `torch.amp.GradScaler`; here the scale is a plain number, which the trainer logs, saves and stops on. Method:
+    Micikevicius et al., "Mixed Precision Training", https://arxiv.org/abs/1710.03740, section 3.2.
 
     Args:
         scale: initial scale, a power of two; rounded down to one otherwise.

@@ -27,7 +27,7 @@ class TokenizedDataset:
         name: what errors call the data set.
 
     Raises:
-        TypeError: `dataset` is not a `datasets.Dataset`, or a cell is no string.
+        TypeError: `dataset` is not a `datasets.Dataset`, or a cell is no string (or a label no number).
         ValueError: no rows, no text column, more than one label column, or a prompt for a column that is not there.
     """
 
@@ -67,7 +67,7 @@ class TokenizedDataset:
         self._input_ids = np.concatenate([part["input_ids"].cpu().numpy().astype(np.int32) for part in parts])
         self._lengths = np.concatenate([np.diff(part["cu_seqlens"].cpu().numpy()) for part in parts]).astype(np.int64)
         self._starts = np.cumsum(self._lengths) - self._lengths
-        self._labels = torch.as_tensor(dataset[labels[0]][:]) if labels else None
+        self._labels = _numbers(dataset[labels[0]][:], name, labels[0]) if labels else None
 
     def __len__(self) -> int:
         """Rows."""
@@ -100,3 +100,10 @@ class TokenizedDataset:
         if self._labels is not None:
             sha.update(self._labels.contiguous().numpy().data)
         return sha.hexdigest()
+
+
+def _numbers(cells: list[Any], name: str, column: str) -> Tensor:
+    for row, cell in enumerate(cells):
+        if not isinstance(cell, (int, float)):
+            raise TypeError(f"`{name}`, column {column!r}, row {row}: expected a number, got {cell!r}")
+    return torch.tensor(cells)

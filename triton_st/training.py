@@ -116,7 +116,16 @@ class SentenceTransformerTrainer:
     def _tokenized(self, dataset: Any, name: str) -> TokenizedDataset | None:
         if dataset is None:
             return None
-        return TokenizedDataset(dataset, self.model.tokenize, self.args.prompts, name)
+        prompts = self.args.prompts
+        if isinstance(prompts, dict) and name == "eval_dataset":  # which may have other columns
+            prompts = {column: prompt for column, prompt in prompts.items() if column in dataset.column_names}
+        return TokenizedDataset(dataset, self.model.tokenize, prompts, name)
+
+    def _on_device(self, data: TokenizedDataset, rows: list[int]) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """Cut a batch: packed features by column, and labels if there are any."""
+        labels = data.labels(rows)
+        features = [to_device(column, self.args.device) for column in data.batch(rows)]
+        return features, None if labels is None else labels.to(self.args.device)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -151,7 +160,7 @@ class SentenceTransformerTrainer:
         self.control.should_training_stop |= run.stopped_early
         evaluates = args.eval_on_start or (args.eval_strategy != IntervalStrategy.NO and args.eval_delay <= 0)
         if state.global_step == 0 and evaluates:
-            self.evaluate()
+            self._best_model_metric(self.evaluate())  # a name that is not there fails now, not hours later
 
         for update in self._schedule.updates(done=state.global_step):
             if self.control.should_training_stop:
@@ -182,10 +191,10 @@ class SentenceTransformerTrainer:
         self.model.train()
         values: list[Tensor] = []
         for rows in update.batches:
-            features = [to_device(column, self.args.device) for column in self._train_data.batch(rows)]
+            features, labels = self._on_device(self._train_data, rows)
             self.state.num_input_tokens_seen += sum(column["input_ids"].numel() for column in features)
             with self.model.activations_in(self.args.activation_dtype):
-                loss = self.loss(features, self._train_data.labels(rows))
+                loss = self.loss(features, labels)
             (loss / len(update.batches) * run.scaler.scale).backward()
             values.append(loss.detach().float())
 
@@ -217,7 +226,7 @@ class SentenceTransformerTrainer:
 
     def _diverged(self, what: str, rows: list[int]) -> TrainingDiverged:
         assert self._train_data is not None
-        features = [to_device(column, self.args.device) for column in self._train_data.batch(rows)]
+        features, _ = self._on_device(self._train_data, rows)
         with self.model.activations_in(self.args.activation_dtype):
             step = self.state.global_step + 1
             return diverged(what, model=self.model, loss=self.loss, features=features, step=step, rows=rows)
@@ -292,25 +301,30 @@ class SentenceTransformerTrainer:
     def _evaluation_loss(self, data: TokenizedDataset) -> float:
         total, count = 0.0, 0
         for rows in batch_sampler(self.eval_dataset, self.args, self.args.eval_batch_size):
-            features = [to_device(column, self.args.device) for column in data.batch(rows)]
-            total += self.loss(features, data.labels(rows)).item() * len(rows)
+            total += self.loss(*self._on_device(data, rows)).item() * len(rows)
             count += len(rows)
         return total / max(count, 1)
 
-    def _note_best(self, metrics: dict[str, float]) -> bool:
-        """Remember the metric if it is the best so far; NaN never is."""
-        args, state = self.args, self.state
-        if args.metric_for_best_model is None:
-            return False
-        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    def _best_model_metric(self, metrics: dict[str, float]) -> float | None:
+        """The value of `metric_for_best_model`, None if there is no such argument."""
+        if self.args.metric_for_best_model is None:
+            return None
+        name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
         if name not in metrics:
             raise ValueError(
                 f"`metric_for_best_model`: {name} was not computed; there are {', '.join(sorted(metrics))}"
             )
-        sign = 1.0 if args.greater_is_better else -1.0
-        is_best = sign * metrics[name] > (-math.inf if state.best_metric is None else sign * state.best_metric)
+        return metrics[name]
+
+    def _note_best(self, metrics: dict[str, float]) -> bool:
+        """Remember the metric if it is the best so far; NaN never is."""
+        value, state = self._best_model_metric(metrics), self.state
+        if value is None:
+            return False
+        sign = 1.0 if self.args.greater_is_better else -1.0
+        is_best = sign * value > (-math.inf if state.best_metric is None else sign * state.best_metric)
         if is_best:
-            state.best_metric, state.best_global_step = metrics[name], state.global_step
+            state.best_metric, state.best_global_step = value, state.global_step
         return is_best
 
     # --- the run's beginning and end, its checkpoints -----------------------------------------------------------------

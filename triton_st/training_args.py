@@ -281,6 +281,8 @@ class SentenceTransformerTrainingArguments(_OtherArguments):
             for name, (default, why) in ACCEPTED_WITHOUT_EFFECT.items()
             if getattr(self, name) != default and getattr(self, name) not in _SAME_AS_DEFAULT.get(name, ())
         ]
+        if self.tf32 and self.device.type != "cuda":
+            ignored.append("tf32 (there is no CUDA device)")
         if ignored:
             warnings.warn(f"training arguments without effect here: {'; '.join(ignored)}", stacklevel=4)
 
