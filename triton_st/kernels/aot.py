@@ -3,8 +3,8 @@
     python -m triton_st.kernels.aot [--quick] [--arch sm_90 ...] [--jobs N]
 
 The launchers themselves run, on meta tensors and with launching recorded, so what is compiled is what would be
-launched: same block sizes, same options, same specialisation of arguments. Fails on a spilled register, on a matrix product
-without tensor-core instructions (exact float32 products have none), on memory-bound kernels without 128-bit accesses at
+launched: same block sizes, same options, same specialisation of arguments. Fails on a spilled register, on a matrix
+product without tensor-core instructions (exact float32 products have none), on kernels without 128-bit accesses at
 aligned shapes, and on more shared memory than the GPU has.
 """
 
@@ -171,7 +171,7 @@ def _job(launch: Launch, precision: str, d: int, arch: Arch) -> Job:
             constants.append((name, value))
         if aligned:
             divisible.append(i)
-    options = {k: v for k, v in arguments.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {k: v for k, v in arguments.items() if k in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     return Job(
         kernel.fn.__module__, kernel.fn.__name__, precision, d, arch,
         tuple(signature), tuple(constants), tuple(divisible), tuple(options.items()),
@@ -202,7 +202,7 @@ def jobs(archs: list[Arch], widths: dict[str, tuple[int, ...]]) -> list[Job]:
 
 def _widest(sass: str, opcodes: str) -> int:
     """Bits moved by the widest of these instructions; one without a width in its name moves 32."""
-    suffixes = set(re.findall(rf"\b(?:{opcodes})((?:\.\w+)*)", sass))
+    suffixes = set(re.findall(rf"\b(?:{opcodes})\b((?:\.\w+)*)", sass))
     widths = [re.search(r"\.(128|64|U16|S16|U8|S8)\b", suffix) for suffix in suffixes]
     return max((int(width[1].lstrip("US")) if width else 32 for width in widths), default=0)
 
@@ -231,7 +231,7 @@ def _nvidia(compiled: Any, job: Job) -> dict[str, Any]:
 def _amd(compiled: Any, job: Job) -> dict[str, Any]:
     """Reads the assembly and the metadata that LLVM appends to it."""
     code = compiled.asm["amdgcn"]
-    counts = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", code)}
+    counts = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", code)}
     widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
 
     def widest(verb: str) -> int:
@@ -240,7 +240,7 @@ def _amd(compiled: Any, job: Job) -> dict[str, Any]:
 
     return {
         "registers": counts["vgpr_count"],
-        "spills": counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
+        "spills": counts["vgpr_spill_count"],  # scalar registers spill into vector registers, not memory
         "tensor_core": _instruction(code, job.arch.tensor_core),
         "load_bits": widest("load"),
         "store_bits": widest("store"),

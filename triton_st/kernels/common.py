@@ -82,6 +82,15 @@ class Tile(NamedTuple):
     depth: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of the launch."""
+        if on_hip():
+            return {"num_warps": self.num_warps, "num_stages": 2}
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 def product_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
@@ -89,16 +98,15 @@ def product_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
 
     The small tile gives a batch of 128 queries and 384 documents 24 programs; the large one is taken as soon as it
     fills the GPU. 128 × 128 × 64 halves in 3 stages are 96 KiB of shared memory: within the 99 KiB of sm_86 and sm_89.
-    Exact float32 products run on the ordinary units, whose operands sit in registers: small and shallow.
+    Exact float32 products run on the ordinary units, whose operands sit in registers: small and shallow, and with
+    ptxas told how many registers it may take (left alone it stops at 80 for the small tile and spills).
     """
     large = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= 96
     if dtype != torch.float32:
-        tile = Tile(128, 128, 64, 8, 3) if large else Tile(64, 32, 64, 4, 3)
-    elif dot_precision(dtype) == "tf32":
-        tile = Tile(128, 128, 32, 8, 3) if large else Tile(64, 32, 32, 4, 3)
-    else:
-        tile = Tile(64, 64, 16, 4, 2) if large else Tile(32, 32, 16, 4, 2)
-    return tile._replace(num_stages=2) if on_hip() else tile
+        return Tile(128, 128, 64, 8, 3) if large else Tile(64, 32, 64, 4, 3)
+    if dot_precision(dtype) == "tf32":
+        return Tile(128, 128, 32, 8, 3) if large else Tile(64, 32, 32, 4, 3)
+    return Tile(128, 64, 16, 8, 2) if large else Tile(64, 32, 16, 4, 2, max_registers=168)
 
 
 def splits(programs: int, steps: int, most: int = 256) -> int:

@@ -14,11 +14,11 @@ GROUP = 8
 """Row blocks that march together along b, so that b's blocks are still in the L2 cache for the next."""
 
 
-@triton.jit(do_not_specialize=["a_count", "b_count"])
+@triton.jit(do_not_specialize=["a_count", "depth"])
 def _similarity_kernel(
     a, b, out,  # [M, D], [N, D], [M, N]
     a_power, a_norm, b_power, b_norm, extreme,
-    a_count, b_count, stride,
+    a_count, b_count, stride, depth,
     D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -35,9 +35,9 @@ def _similarity_kernel(
     b_power += b_first
     # No product of halves leaves float32's range.
     if a.dtype.element_ty == tl.float16 or tl.load(extreme) == 0:
-        acc = dot_rows(a, b, a_left, b_left, a_power, b_power, D, BLOCK_A, BLOCK_B, BLOCK_K, PRECISION, False)
+        acc = dot_rows(a, b, a_left, b_left, a_power, b_power, depth, D, BLOCK_A, BLOCK_B, BLOCK_K, PRECISION, False)
     else:
-        acc = dot_rows(a, b, a_left, b_left, a_power, b_power, D, BLOCK_A, BLOCK_B, BLOCK_K, PRECISION, True)
+        acc = dot_rows(a, b, a_left, b_left, a_power, b_power, depth, D, BLOCK_A, BLOCK_B, BLOCK_K, PRECISION, True)
     acc = acc * inverse(a_norm + a_first, BLOCK_A, a_left)[:, None]
     acc = acc * inverse(b_norm + b_first, BLOCK_B, b_left)[None, :]
     a_row, b_row = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
@@ -57,9 +57,9 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
     launch(
         _similarity_kernel, (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),
         a=a, b=b, out=out, a_power=rows.a_power, a_norm=rows.a_norm, b_power=rows.b_power,
-        b_norm=rows.b_norm, extreme=rows.extreme, a_count=m, b_count=n, stride=n,
+        b_norm=rows.b_norm, extreme=rows.extreme, a_count=m, b_count=n, stride=n, depth=d,
         D=d, BLOCK_A=tile.rows, BLOCK_B=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(a.dtype), GROUP=GROUP,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options,
     )  # fmt: skip
     return out
 

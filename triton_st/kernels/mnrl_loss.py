@@ -31,7 +31,7 @@ D_WEIGHT = 2.0 ** (COPY_EXPONENT + 1)
 
 @triton.jit
 def _negatives(
-    queries, documents, q_left, q_power, d_power, q_factor, d_norm, pair_offset, d_left, count,
+    queries, documents, q_left, q_power, d_power, q_factor, d_norm, pair_offset, d_left, count, depth,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def _negatives(
     row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_M)
     for start in range(0, count, BLOCK_M):
         logits = dot_rows(
-            queries, documents, q_left, d_left - start, q_power, d_power,
+            queries, documents, q_left, d_left - start, q_power, d_power, depth,
             D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, SCALED,
         )  # fmt: skip
         logits = logits * q_factor[:, None] * inverse(d_norm, BLOCK_M, d_left - start)[None, :]
@@ -64,14 +64,14 @@ def _negatives(
     return top, total, positive
 
 
-@triton.jit(do_not_specialize=["q_count", "d_count", "part_documents"])
+@triton.jit(do_not_specialize=["q_count", "d_count", "part_documents", "depth"])
 def _negatives_kernel(
     queries, documents,  # [B, D], [M, D]
     q_power, q_norm, d_power, d_norm, extreme,
     tops, totals,  # [parts, B]
     positives,  # [B]
     scale,
-    q_count, d_count, part_documents,
+    q_count, d_count, part_documents, depth,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     q_first = tl.program_id(0) * BLOCK_Q
@@ -87,12 +87,12 @@ def _negatives_kernel(
     # No product of halves leaves float32's range.
     if queries.dtype.element_ty == tl.float16 or tl.load(extreme) == 0:
         top, total, positive = _negatives(
-            queries, documents, q_left, q_power, d_power, q_factor, d_norm, pair_offset, d_left, count,
+            queries, documents, q_left, q_power, d_power, q_factor, d_norm, pair_offset, d_left, count, depth,
             D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, False,
         )  # fmt: skip
     else:
         top, total, positive = _negatives(
-            queries, documents, q_left, q_power, d_power, q_factor, d_norm, pair_offset, d_left, count,
+            queries, documents, q_left, q_power, d_power, q_factor, d_norm, pair_offset, d_left, count, depth,
             D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, True,
         )  # fmt: skip
     row = tl.arange(0, BLOCK_Q)
@@ -148,7 +148,7 @@ def _loss_kernel(
     tl.store(loss, tl.sum(sums) / q_count)
 
 
-@triton.jit(do_not_specialize=["q_first", "d_first", "q_count", "d_count", "part_documents", "share_rows"])
+@triton.jit(do_not_specialize=["q_first", "d_first", "q_count", "share_rows", "depth"])
 def _weights_kernel(
     queries, documents,  # one panel's copies [q_count, D], [d_count, D]
     q_norm, d_norm, logsumexp,  # [q_count], [d_count], [q_count]
@@ -156,7 +156,7 @@ def _weights_kernel(
     share,  # [parts, share_rows] float32: their plain sums are added here
     scale,
     q_first, d_first,  # the panel's first query and document
-    q_count, d_count, part_documents, share_rows, stride,
+    q_count, d_count, part_documents, share_rows, stride, depth,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, Q_WEIGHT: tl.constexpr, D_WEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -176,7 +176,7 @@ def _weights_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(0, tl.minimum(part_documents, d_left), BLOCK_M):
         logits = dot_rows(
-            queries, documents, q_left, d_left - start, q_norm, d_norm,
+            queries, documents, q_left, d_left - start, q_norm, d_norm, depth,
             D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, False,
         )  # fmt: skip
         d_factor = inverse(d_norm, BLOCK_M, d_left - start)
@@ -217,9 +217,9 @@ def mnrl_loss_forward(queries: Tensor, documents: Tensor, scale: float) -> tuple
         _negatives_kernel, (triton.cdiv(b, tile.rows), parts),
         queries=queries, documents=documents, q_power=rows.a_power, q_norm=rows.a_norm, d_power=rows.b_power,
         d_norm=rows.b_norm, extreme=rows.extreme, tops=tops, totals=totals, positives=positives, scale=scale,
-        q_count=b, d_count=m, part_documents=part_documents,
+        q_count=b, d_count=m, part_documents=part_documents, depth=d,
         D=d, BLOCK_Q=tile.rows, BLOCK_M=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(queries.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options,
     )  # fmt: skip
     launch(
         _loss_kernel, (1,),
@@ -263,9 +263,9 @@ def mnrl_loss_backward(
                 queries=q_copy, documents=d_copy, q_norm=q.norm[q_range], d_norm=d.norm[d_range],
                 logsumexp=logsumexp[q_range], weights=weights, share=share[:, q_range], scale=scale,
                 q_first=q_first, d_first=d_first, q_count=len(q_copy), d_count=len(d_copy),
-                part_documents=part_documents, share_rows=b, stride=stride,
+                part_documents=part_documents, share_rows=b, stride=stride, depth=width,
                 D=width, BLOCK_Q=tile.rows, BLOCK_M=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(dtype),
-                Q_WEIGHT=Q_WEIGHT, D_WEIGHT=D_WEIGHT, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                Q_WEIGHT=Q_WEIGHT, D_WEIGHT=D_WEIGHT, **tile.options,
             )  # fmt: skip
             panel = weights[: len(q_copy), : len(d_copy)]
             weighted_sum(panel, d_copy, q_sums[:, q_range], accumulate=d_first > 0)

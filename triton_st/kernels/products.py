@@ -16,7 +16,7 @@ SCRATCH_BYTES = 32 << 20
 @triton.jit
 def dot_rows(
     a, b,  # from the tile's first rows on: [a_left, D], [b_left, D]
-    a_left, b_left, a_power, b_power,
+    a_left, b_left, a_power, b_power, depth,
     D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -24,7 +24,8 @@ def dot_rows(
 
     SCALED multiplies the rows by their powers of two first. Rows past the end count as 0. The 64-bit part of an address
     is the caller's, one number for the whole tile; what is added here are constants of 32 bits, which the compiler
-    folds into the loads (with 64-bit row offsets the 128 × 128 tile needed 250 registers and spilled).
+    folds into the loads (with 64-bit row offsets the 128 × 128 tile needed 250 registers and spilled). Counts that mask
+    along memory are specialised arguments: only where they are known to be multiples of 16 are accesses wide.
     """
     k = tl.arange(0, BLOCK_K)
     a_row, b_row = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
@@ -34,7 +35,7 @@ def dot_rows(
         a_factor = tl.load(a_power + a_row, mask=a_row < a_left, other=0)[:, None]
         b_factor = tl.load(b_power + b_row, mask=b_row < b_left, other=0)[None, :]
     acc = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
-    for start in range(0, D, BLOCK_K):
+    for start in range(0, depth, BLOCK_K):
         a_mask, b_mask = (a_row < a_left)[:, None], (b_row < b_left)[None, :]
         if D % BLOCK_K != 0:
             a_mask = a_mask & (start + k < D)[None, :]
@@ -48,7 +49,7 @@ def dot_rows(
     return acc
 
 
-@triton.jit(do_not_specialize=["rows", "terms", "part_terms", "out_rows", "accumulate"])
+@triton.jit(do_not_specialize=["out_rows", "accumulate"])
 def _weighted_sum_kernel(
     weights,  # [rows, terms], TRANSPOSED: [terms, rows]; `stride` from line to line
     x,  # [terms, D]
@@ -118,5 +119,5 @@ def weighted_sum(
         out_rows=out.stride(0) // max(d, 1), stride=weights.stride(0), accumulate=int(accumulate),
         D=d, COLUMN_BLOCKS=column_blocks, BLOCK_R=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.depth,
         TRANSPOSED=transposed, PRECISION=dot_precision(x.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options,
     )  # fmt: skip

@@ -46,12 +46,12 @@ def floor_log2(x):
 def inverse(norm, BLOCK: tl.constexpr, left):
     """One over each of the first norms [BLOCK], 1 past the end."""
     row = tl.arange(0, BLOCK)
-    return tl.div_rn(1.0, tl.load(norm + row, mask=row < left, other=1))
+    return 1.0 / tl.load(norm + row, mask=row < left, other=1)  # div_rn would be a call, and spill round it
 
 
 @triton.jit
 def _norms(x, left, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Norms of power · x and `power` itself, 1 unless a row's size is extreme; x at the first of `left` rows. [BLOCK_R]."""
+    """Norms of power · x and `power`, 1 unless a row's size is extreme; x is at the first of `left` rows. [BLOCK_R]."""
     row, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     at = x + row[:, None] * D + column[None, :]
     largest = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
