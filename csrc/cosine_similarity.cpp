@@ -16,8 +16,6 @@ void write_cosines(T* out, const float* products, float row, const float* column
   if (j < n) store(out + j, load(products + j) * factor * load(columns + j), static_cast<int>(n - j));
 }
 
-int64_t product_cost(int64_t m, int64_t n, int64_t k) { return m * n * (k + kPanel) / (8 * kWidth); }  // nanoseconds
-
 Tensor cosine_similarity(const Tensor& a_in, const Tensor& b_in) {
   const Tensor a_dense = dense_rows(a_in), b_dense = dense_rows(b_in);
   const int64_t m = a_in.size(0), n = b_in.size(0);
@@ -28,17 +26,8 @@ Tensor cosine_similarity(const Tensor& a_in, const Tensor& b_in) {
     const Matrix<const T> a = matrix<T>(a_dense), b = matrix<T>(b_dense);
     T* result = data<T>(out);
     const RowScales a_scales(a), b_scales(b);
-    // Blocks of columns, and of rows too where there are few of those.
-    const int64_t columns = std::min(kScoreColumns, std::max<int64_t>(round_up(ceil_div(n, 4), kPanel), 2 * kPanel));
-    const int64_t column_units = ceil_div(n, columns);
-    const int64_t row_units = std::min(ceil_div(16, std::max<int64_t>(column_units, 1)), ceil_div(m, 128));
-    parallel(column_units * row_units, product_cost(m, n, a.cols), [&](int64_t unit) {
-      const int64_t j = unit % column_units * columns, count = std::min(columns, n - j), part = unit / column_units;
-      const int64_t first = m * part / row_units, last = m * (part + 1) / row_units;
-      scores<T>(a, a_scales.power(), a_scales.unscaled(), first, last - first, {b.row(j), count, b.cols, b.stride},
-                b_scales.power() + j, [&](int64_t i, const float* products) {
-                  write_cosines(result + i * n + j, products, a_scales.inverse()[i], b_scales.inverse() + j, count);
-                });
+    ScoreBlocks(m, n).for_each(a, a_scales.from(0), b, b_scales.from(0), [&](auto i, auto j, auto count, const float* products) {
+      write_cosines(result + i * n + j, products, a_scales.inverse()[i], b_scales.inverse() + j, count);
     });
   });
   return out;

@@ -43,13 +43,7 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(TRITON_ST_BF16_DOT)
   if constexpr (kPaired) return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 #endif
-#if defined(TRITON_ST_AVX512)
-  return _mm512_fmadd_ps(a, b, c);
-#elif defined(TRITON_ST_AVX2)
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
+  return fma(a, b, c);
 }
 
 inline Vec broadcast(const float* lane) {
@@ -234,8 +228,8 @@ inline constexpr int64_t kScoreColumns = 256;
 // Raw products of rows [first_row, first_row + row_count) of a with the rows of b, both times their power of two, a few rows
 // at a time: consume(i, products) gets those of row i of a, products[j] being with row j of b (b.rows ≤ kScoreColumns).
 template <class T, class Consume>
-void scores(Matrix<const T> a, const float* a_power, bool a_unscaled, int64_t first_row, int64_t row_count,
-            Matrix<const T> b, const float* b_power, Consume&& consume) {
+void score_block(Matrix<const T> a, const float* a_power, bool a_unscaled, int64_t first_row, int64_t row_count,
+                 Matrix<const T> b, const float* b_power, Consume&& consume) {
   constexpr bool kPaired = kPairs<T>;
   const int64_t steps = lanes<kPaired>(a.cols), panels = ceil_div(b.rows, kPanel);
   float* right = product_scratch.right.reserve(panels * kPanel * steps);
@@ -263,6 +257,35 @@ void scores(Matrix<const T> a, const float* a_power, bool a_unscaled, int64_t fi
     for (int64_t r = 0; r < count; ++r) consume(first_row + group + r, block + r * kScoreColumns);
   });
 }
+
+// Nanoseconds that the product of [m, k] and [k, n] takes, roughly.
+inline int64_t product_cost(int64_t m, int64_t n, int64_t k) { return m * n * (k + kPanel) / (8 * kWidth); }
+
+// How the scores of m rows with n others are divided among threads: in blocks of columns, and of rows too where there are
+// few of those. Depends on the shapes alone.
+struct ScoreBlocks {
+  ScoreBlocks(int64_t m, int64_t n)
+      : m(m),
+        n(n),
+        columns(std::min(kScoreColumns, std::max<int64_t>(round_up(ceil_div(n, 4), kPanel), 2 * kPanel))),
+        column_blocks(ceil_div(n, columns)),
+        row_blocks(std::min(ceil_div(16, std::max<int64_t>(column_blocks, 1)), ceil_div(m, 128))) {}
+
+  // Calls consume(i, j, count, products) for each row i of a and each block of `count` rows of b from j on, on all threads:
+  // products[c], which may be overwritten, is the raw product of row i with row j + c, both times their power of two.
+  template <class T, class Scales, class Consume>
+  void for_each(Matrix<const T> a, const Scales& a_scales, Matrix<const T> b, const Scales& b_scales,
+                Consume&& consume) const {
+    parallel(column_blocks * row_blocks, product_cost(m, n, a.cols), [&](int64_t unit) {
+      const int64_t j = unit % column_blocks * columns, count = std::min(columns, n - j), part = unit / column_blocks;
+      const int64_t first = m * part / row_blocks, last = m * (part + 1) / row_blocks;
+      score_block<T>(a, a_scales.power(), a_scales.unscaled(), first, last - first, {b.row(j), count, b.cols, b.stride},
+                     b_scales.power() + j, [&](int64_t i, float* products) { consume(i, j, count, products); });
+    });
+  }
+
+  int64_t m, n, columns, column_blocks, row_blocks;
+};
 
 // Rows of results and steps of the inner dimension that a thread works on at a time.
 inline constexpr int64_t kBlockRows = 192;

@@ -27,12 +27,12 @@ float sum_of_squares(const T* x, int64_t n, float power) {
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
     const Vec a = load(x + i) * factor, b = load(x + i + kWidth) * factor;
-    even += a * a;
-    odd += b * b;
+    even = fma(a, a, even);
+    odd = fma(b, b, odd);
   }
   for (; i < n; i += kWidth) {
     const Vec a = (n - i >= kWidth ? load(x + i) : load(x + i, static_cast<int>(n - i))) * factor;
-    even += a * a;
+    even = fma(a, a, even);
   }
   return sum(even + odd);
 }
@@ -80,10 +80,23 @@ class RowScales {
     unscaled_ = unscaled.load();
   }
 
+  // The scales of the rows from `first` on.
+  class Part {
+   public:
+    Part(const RowScales& all, int64_t first) : all_(&all), first_(first) {}
+    const float* power() const { return all_->array(0) + first_; }
+    const float* inverse() const { return all_->array(1) + first_; }
+    bool unscaled() const { return all_->unscaled_; }  // all powers are 1
+
+   private:
+    const RowScales* all_;
+    int64_t first_;
+  };
+
+  Part from(int64_t first) const { return {*this, first}; }
   const float* power() const { return array(0); }
   const float* inverse() const { return array(1); }
   RowScale operator[](int64_t i) const { return {array(0)[i], array(1)[i], array(2)[i]}; }
-  bool unscaled() const { return unscaled_; }  // all powers are 1
 
  private:
   static constexpr int64_t kPadding = 4 * kWidth;
@@ -107,7 +120,7 @@ void project(float* gradient, const T* x, RowScale scale, float gain, T* out, in
     return (n - i >= kWidth ? load(x + i) : load(x + i, static_cast<int>(n - i))) * power / divisor;
   };
   Vec dot{};
-  for (int64_t i = 0; i < n; i += kWidth) dot += load(gradient + i) * unit(i);
+  for (int64_t i = 0; i < n; i += kWidth) dot = fma(load(gradient + i), unit(i), dot);
   // Where the row was divided by a constant, its gradient keeps the radial part.
   const Vec radial = splat(scale.divisor == kEps * scale.power ? 0.f : sum(dot)), gains = splat(gain);
   for (int64_t i = 0; i < n; i += kWidth) {

@@ -50,6 +50,18 @@ inline Vec splat(float x) {
 inline Vec as_floats(Ints x) { return reinterpret_cast<Vec>(x); }
 inline Ints as_ints(Vec x) { return reinterpret_cast<Ints>(x); }
 
+// a · b + c, rounded once where the processor can. The compiler is told not to fuse anything else: the same expression must
+// give the same bits wherever it stands.
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(TRITON_ST_AVX512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(TRITON_ST_AVX2)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // The rounding of fp32 to bf16 (to nearest even, NaN stays NaN), in the low 16 bits of each lane.
 inline Ints bf16_bits(Vec x) {
   const Ints bits = as_ints(x);
@@ -170,17 +182,17 @@ inline Vec exp(Vec x) {
   x = x < splat(-104.f) ? splat(-104.f) : x;  // written so that NaN passes
   x = x > splat(89.f) ? splat(89.f) : x;
   const Vec magic = splat(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
-  const Vec shifted = x * 1.44269504f + magic;
+  const Vec shifted = fma(x, splat(1.44269504f), magic);
   const Vec n = shifted - magic;
   // x − n·ln 2 with ln 2 in two parts, the first exact in few bits.
-  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const Vec r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
   Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + (r + 1.f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r + 1.f);
 #if defined(TRITON_ST_AVX512)
   return _mm512_scalef_ps(p, n);
 #else
