@@ -92,7 +92,7 @@ def test_one_million_rows(benchmark: BenchmarkFixture, case: Callable[[int], dic
 @pytest.mark.parametrize("sampler", [ours, reference], ids=["triton_st", "sentence_transformers"])
 @pytest.mark.parametrize(
     ("case", "rows"),
-    [(unique, 50_000), (nli, 50_000), (few_anchors, 4_000), (class_labels, 4_000)],
+    [(unique, 50_000), (nli, 50_000), (few_anchors, 2_000), (class_labels, 2_000)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_beside_sentence_transformers(

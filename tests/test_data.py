@@ -109,6 +109,7 @@ BAD_TRAINING_FILES = {
     "nested.jsonl": ('{"a": "1", "b": ["2"]}', "line 1, column 'b': expected a string, got list"),
     "one.jsonl": ('{"anchor": "a", "score": 1}', "at least two text columns, .* got anchor, score"),
     "none.jsonl": ("{}", "line 1: expected a JSON object .*got dict {}"),
+    "half.jsonl": ('{"a": "1", "b": "2"}\n{"a": "\\ud83d", "b": "2"}', "line 2, column 'a': is not valid Unicode"),
     "latin.jsonl": (b'{"a": "1", "b": "2"}\n{"a": "\xe9", "b": "2"}', r"latin\.jsonl, line 2: is not UTF-8"),
     "empty.csv": ("", r"empty\.csv: has no rows"),
     "header.csv": ("anchor,positive\n", r"header\.csv: has no rows"),

@@ -177,6 +177,10 @@ def _shown(cell: Any) -> str:
     return f"{type(cell).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+def _broken(cell: Any) -> bool:
+    return isinstance(cell, str) and any("\ud800" <= character <= "\udfff" for character in cell)
+
+
 def _open_source(source: Source, split: str, max_samples: int | None) -> tuple[Dataset, _Origin]:
     """The rows of `source`, never none, and where they come from."""
     if max_samples is not None and (isinstance(max_samples, bool) or not isinstance(max_samples, int)):
@@ -224,7 +228,14 @@ def _open_path_or_hub_id(
                 f"{name}: expected a file that ends in {', '.join(_FILE_SUFFIXES)}, got {suffix or 'none'!r}"
             )
         columns, lines = _read_csv(path, max_samples) if suffix == ".csv" else _read_jsonl(path, max_samples)
-        return Dataset.from_dict(columns), _Origin(name, lines)
+        origin = _Origin(name, lines)
+        try:
+            return Dataset.from_dict(columns), origin
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no encoding can hold
+            column, row = next((c, r) for c, cells in columns.items() for r, text in enumerate(cells) if _broken(text))
+            raise ValueError(
+                f"{origin.at(row, column)}: is not valid Unicode, got {_shown(columns[column][row])}"
+            ) from None
     looks_like_file = isinstance(source, Path) or path.suffix.lower() in _FILE_SUFFIXES
     if looks_like_file or not _HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(f"{name}: no such file (looked in {Path.cwd()})")
@@ -329,7 +340,7 @@ def _read_parquet(path: Path, max_samples: int | None) -> Dataset:
                 if max_samples is not None and rows >= max_samples:
                     break
             table = pa.Table.from_batches(batches, schema=file.schema_arrow)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: is not a Parquet file that can be read ({error})") from None
     columns = {name: table.column(name) for name in table.column_names}
     for name, cells in columns.items():

@@ -137,8 +137,7 @@ def _text_codes(dataset: Dataset) -> npt.NDArray[np.int32]:
         if table.column(name).null_count:
             raise ValueError(f"dataset, column {name!r}: expected strings, got null")
     chunks = [chunk.cast(pa.large_string()) for name in names for chunk in table.column(name).chunks]
-    encoded = pa.chunked_array(chunks).dictionary_encode().unify_dictionaries()
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
+    codes = pa.concat_arrays(chunks).dictionary_encode().indices.to_numpy()
     return codes.reshape(len(names), len(dataset)).T
 
 
