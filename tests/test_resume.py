@@ -326,8 +326,10 @@ def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
         run(tmp_path, True, seed=1)
     with pytest.raises(CheckpointError, match=r"(?s)its model cannot be loaded.*size mismatch"):
         run(tmp_path, True, model=tiny_model(intermediate_size=96))
-    with pytest.warns(UserWarning, match="learning_rate was 0.001, now 0.5"):
-        run(tmp_path, True, learning_rate=0.5)
+    with pytest.warns(UserWarning, match=r"apply from here on: learning_rate was 0\.001, now 0\.002"):
+        resumed = run(tmp_path, True, learning_rate=0.002)
+    expected = [resumed._run.scheduler.lr_lambdas[0](step) * 0.002 for step in (2, 5)]  # two steps of warm-up, of 8
+    assert [entry["learning_rate"] for entry in resumed.state.log_history if "loss" in entry] == expected
 
 
 def test_leftovers_of_a_kill_are_ignored_and_removed(tmp_path: Path) -> None:

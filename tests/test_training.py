@@ -246,7 +246,7 @@ def test_an_overflowing_loss_scale_backs_off_and_trains_on(tmp_path: Path) -> No
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             run._run.scaler.scale = 2.0**40
 
-    run.callbacks.add_callback(HugeScale)
+    run.add_callback(HugeScale)
     before = weights(run.model)
     run.train()
     scaler = run._run.scaler
@@ -352,6 +352,26 @@ def test_gradients_that_are_never_finite_stop_training(
         run.train()
     assert caught.value.step == max(skipped, 1)
     assert same_weights(run.model, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*collapsed")
+@pytest.mark.parametrize(("weight", "bias"), [(0.0, 0.0), (0.0, 1.0), (0.0, 6e4), (2e4, 0.0), (1e-7, 0.0)])
+@pytest.mark.parametrize("precision", [{}, {"fp16": True}, {"bf16": True}])
+def test_extreme_embeddings_train_to_finite_numbers(
+    tmp_path: Path, precision: dict[str, bool], weight: float, bias: float
+) -> None:
+    """Zero vectors, constant vectors, activations at 6e4 and close to float16's smallest."""
+    model = tiny_model()
+    layer_norm = model.encoder.encoder.layer[-1].output.LayerNorm
+    layer_norm.weight.data.fill_(weight)
+    layer_norm.bias.data.fill_(bias)
+    run = trainer(tmp_path, model, evaluator=tiny_evaluator(20), eval_strategy="epoch", max_steps=4, **precision)
+    run.train()
+    assert all(math.isfinite(value) for value in logged(run, "loss"))
+    assert len(logged(run, "loss")) == 4
+    for line in (tmp_path / "training_log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # strict JSON, whatever the metrics are
+    assert all(value.isfinite().all() for value in run.model.state_dict().values())
 
 
 def test_extreme_inputs_train_to_finite_numbers(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt":  # where a folder cannot be opened
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -186,7 +188,9 @@ def check_same_run(folder: Path, saved: dict[str, Any], current: dict[str, Any])
     if changed := _changed(saved["fixed"], current["fixed"]):
         raise CheckpointError(f"checkpoint {folder}: cannot go on with other batches or another precision: {changed}")
     if changed := _changed(saved["arguments"], current["arguments"]):
-        warnings.warn(f"resuming from {folder} with other arguments than it was made with: {changed}", stacklevel=2)
+        warnings.warn(
+            f"resuming from {folder} with changed arguments, which apply from here on: {changed}", stacklevel=2
+        )
 
 
 def _changed(saved: dict[str, Any], current: dict[str, Any]) -> str:

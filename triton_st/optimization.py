@@ -6,7 +6,7 @@ import re
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from triton_st.training_args import SentenceTransformerTrainingArguments
@@ -52,13 +52,25 @@ def create_optimizer(loss: nn.Module, args: SentenceTransformerTrainingArguments
 
 def create_scheduler(
     optimizer: torch.optim.Optimizer, args: SentenceTransformerTrainingArguments, max_steps: int
-) -> LRScheduler:
+) -> LambdaLR:
     """Return transformers' schedule of the name in `args.lr_scheduler_type` over `max_steps` steps."""
     assert not isinstance(args.lr_scheduler_kwargs, str)
-    return get_scheduler(
+    scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer=optimizer,
         num_warmup_steps=args.get_warmup_steps(max_steps),
         num_training_steps=max_steps,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
+    assert isinstance(scheduler, LambdaLR)  # all that are not refused in the arguments
+    return scheduler
+
+
+def resume_schedule(scheduler: LambdaLR, step: int) -> None:
+    """Put a fresh schedule and its optimizer's learning rates where they are after `step` steps."""
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict(
+        {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    )
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

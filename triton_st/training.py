@@ -127,6 +127,10 @@ class SentenceTransformerTrainer:
         features = [to_device(column, self.args.device) for column in data.batch(rows)]
         return features, None if labels is None else labels.to(self.args.device)
 
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a callback; see `callbacks` above."""
+        self.callbacks.add_callback(callback)
+
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None) -> TrainOutput:

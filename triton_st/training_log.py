@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -30,7 +31,7 @@ class TrainingLog:
         """Keep the lines of `history`, drop what a killed process logged after them. An empty history starts anew."""
         kept = self.path.read_bytes().splitlines()[: len(history)] if history and self.path.is_file() else []
         if len(kept) < len(history):
-            kept = [json.dumps(entry).encode() for entry in history]
+            kept = [_json_line(entry).encode() for entry in history]
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(temporary, self.path)
@@ -38,7 +39,15 @@ class TrainingLog:
     def append(self, entry: dict[str, Any]) -> None:
         """Write one line; it is in the file when this returns."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(_json_line(entry) + "\n")
+
+
+def _json_line(entry: dict[str, Any]) -> str:
+    """Strict JSON, which has no NaN: null stands for a metric that is not defined."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()
+    }
+    return json.dumps(finite, allow_nan=False)
 
 
 class Progress:

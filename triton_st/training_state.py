@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from triton_st import checkpointing
 from triton_st.checkpointing import CheckpointError
 from triton_st.loss_scaling import LossScaler
-from triton_st.optimization import create_optimizer, create_scheduler
+from triton_st.optimization import create_optimizer, create_scheduler, resume_schedule
 from triton_st.sentence_transformer import SentenceTransformer
 from triton_st.training_args import SentenceTransformerTrainingArguments
 
@@ -95,7 +95,7 @@ class RunState:
                 tensors |= checkpointing.random_tensors(self.args.device)
                 values = {
                     **self._description,
-                    "schedule": self.scheduler.state_dict(),
+                    "schedule_step": self.scheduler.last_epoch,
                     "scaler": self.scaler.state_dict(),
                     "running_loss": asdict(self.running),
                     "stopped_early": stopping and trainer.global_step < trainer.max_steps,
@@ -117,9 +117,7 @@ class RunState:
             checkpointing.load_optimizer_tensors(self.optimizer, self.loss, tensors)
             for name, value in self._loss_weights().items():
                 value.copy_(tensors[f"loss.{name}"])
-            self.scheduler.load_state_dict(saved["schedule"])
-            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
+            resume_schedule(self.scheduler, saved["schedule_step"])
             self.scaler.load_state_dict(saved["scaler"])
             self.running = RunningLoss(**saved["running_loss"])
             self.stopped_early = saved["stopped_early"]
