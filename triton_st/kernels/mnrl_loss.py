@@ -211,7 +211,7 @@ def mnrl_loss_forward(queries: Tensor, documents: Tensor, scale: float) -> tuple
     tile = product_tile(queries.dtype, b, m)
     parts, part_documents = _stripes(tile, b, m)
     tops, totals = queries.new_empty(2, parts, b, dtype=torch.float32)
-    positives, logsumexp = queries.new_empty(2, b, dtype=torch.float32)
+    positives, logsumexp = (queries.new_empty(b, dtype=torch.float32) for _ in range(2))
     loss = queries.new_empty((), dtype=torch.float32)
     launch(
         _negatives_kernel, (triton.cdiv(b, tile.rows), parts),
