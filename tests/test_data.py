@@ -323,3 +323,11 @@ def test_tokenizer_bad_input() -> None:
         train_wordpiece_tokenizer("a text")
     with pytest.raises(ValueError, match="vocab_size: expected at least 7, got 5"):
         train_wordpiece_tokenizer(["a"], vocab_size=5)
+
+
+def test_a_file_s_name_is_its_data_set_s_name(tmp_path: Path) -> None:
+    path = tmp_path / "my_triplets.jsonl"
+    path.write_text('{"anchor": "a", "positive": "b"}\n')
+    assert load_training_dataset(path).info.dataset_name == "my_triplets"
+    load_training_dataset(path).to_parquet(tmp_path / "other.parquet")
+    assert load_training_dataset(tmp_path / "other.parquet").info.dataset_name == "other"

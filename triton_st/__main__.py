@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.set_defaults(run=_info)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "datasets", "huggingface_hub"):
+    for noisy in ("httpx", "datasets", "huggingface_hub", "triton_st.evaluation"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         args.run(args)

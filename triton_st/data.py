@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, DatasetInfo, IterableDataset, load_dataset, load_from_disk
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import BertTokenizer
 
@@ -230,7 +230,7 @@ def _open_path_or_hub_id(
         columns, lines = _read_csv(path, max_samples) if suffix == ".csv" else _read_jsonl(path, max_samples)
         origin = _Origin(name, lines)
         try:
-            return Dataset.from_dict(columns), origin
+            return Dataset.from_dict(columns, info=DatasetInfo(dataset_name=path.stem)), origin
         except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no encoding can hold
             column, row = next((c, r) for c, cells in columns.items() for r, text in enumerate(cells) if _broken(text))
             raise ValueError(
@@ -346,7 +346,7 @@ def _read_parquet(path: Path, max_samples: int | None) -> Dataset:
     for name, cells in columns.items():
         if pa.types.is_dictionary(cells.type):
             columns[name] = cells.cast(cells.type.value_type)
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(columns, info=DatasetInfo(dataset_name=path.stem))
 
 
 # --- tokenizer ---------------------------------------------------------------------------------------------------

@@ -210,6 +210,10 @@ class SentenceTransformer(nn.Module):
         """As `get_embedding_dimension`, under its older name."""
         return self.get_embedding_dimension()
 
+    def extra_repr(self) -> str:
+        """What follows the encoder, for `print(model)` and the model card."""
+        return f"max_seq_length={self.max_seq_length}, pooling_mode='mean', normalize={self.normalize}"
+
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def tokenize(self, texts: Sequence[str]) -> Features:

@@ -22,7 +22,7 @@ from functools import cache
 from random import Random
 from typing import Any, Literal, TypeVar
 
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo
 
 from triton_st import synthetic_lexicon as lexicon
 
@@ -433,7 +433,7 @@ def synthetic_triplets(n: int = 10_112, seed: int = 42) -> Dataset:
         seen.add(anchor)
         for column, sentence in zip(columns.values(), (anchor, positive, negative), strict=True):
             column.append(sentence)
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(columns, info=DatasetInfo(dataset_name="synthetic-scenes"))
 
 
 def synthetic_sts(n: int = 1_500, seed: int = 42, split: Literal["dev", "test"] = "dev") -> Dataset:
