@@ -340,6 +340,7 @@ class SentenceTransformerTrainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         checkpointing.remove_leftovers(self.output_dir)
         torch.manual_seed(self.args.seed)
+        self.loss.zero_grad()  # of a run that was stopped midway
         self._schedule = BatchSchedule(self.train_dataset, self.args)
         self._run = RunState(
             self.model,
