@@ -14,7 +14,7 @@ inline constexpr int64_t kNonTemporalBytes = 16 << 20;
 
 typedef char Line __attribute__((vector_size(64), may_alias));
 
-inline void store_past_caches(char* p, Line x) {
+inline void store_past_caches(char* p, const Line& x) {
 #if defined(TRITON_ST_AVX512)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x));
 #elif defined(TRITON_ST_AVX2)

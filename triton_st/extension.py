@@ -87,9 +87,10 @@ def cache_key() -> str:
 
 
 def _first_error(output: str) -> str:
-    errors = [line.strip() for line in output.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
-    tail = output.strip().splitlines()[-1:] or ["the compiler said nothing"]
-    return (errors or tail)[0]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    by_compiler = [line for line in lines if re.search(r"\berror:", line)]
+    others = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+    return (by_compiler or others or lines[-1:] or ["the compiler said nothing"])[0]
 
 
 @contextlib.contextmanager
@@ -119,6 +120,7 @@ def _compile(target: Path) -> None:
                 build_directory=str(scratch),
                 is_python_module=False,
             )
+        shutil.rmtree(target, ignore_errors=True)  # without a library, or we would not be here
         scratch.rename(target)  # the loaded library stays mapped: its file only gets a new name
     except RuntimeError as error:
         raise BuildError(_first_error(str(error))) from error
