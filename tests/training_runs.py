@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from triton_st import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments, recipes
 from triton_st.evaluation import EmbeddingSimilarityEvaluator
 from triton_st.synthetic import synthetic_sts, synthetic_triplets
 
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ENCODER: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -57,3 +59,15 @@ def trainer(folder: Path, model: SentenceTransformer | None = None, **changes: A
         args=arguments(folder, **changes),
         **{"train_dataset": tiny_data(), **given},
     )
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same_weights(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def logged(run: SentenceTransformerTrainer, key: str) -> list[float]:
+    return [entry[key] for entry in run.state.log_history if key in entry]
