@@ -15,8 +15,8 @@ from serving import threads
 from training_runs import NO_DROPOUT, logged, same_weights, tiny_data, tiny_evaluator, tiny_model, trainer, weights
 from transformers import TrainerCallback
 
-from triton_st.divergence import TrainingDiverged
-from triton_st.loss_scaling import LossScaler
+from triton_st.training.divergence import TrainingDiverged
+from triton_st.training.loss_scaling import LossScaler
 
 
 @pytest.fixture(autouse=True)

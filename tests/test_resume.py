@@ -20,8 +20,8 @@ from serving import threads
 from training_runs import tiny_data, tiny_evaluator, tiny_model, trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from triton_st import checkpointing
-from triton_st.checkpointing import CheckpointError, atomic_folder, list_checkpoints, rotate_checkpoints
+from triton_st.training import checkpointing
+from triton_st.training.checkpointing import CheckpointError, atomic_folder, list_checkpoints, rotate_checkpoints
 
 RUN: dict[str, Any] = {
     "num_train_epochs": 2.5,

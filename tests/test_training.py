@@ -26,10 +26,10 @@ from training_runs import (
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from triton_st import SentenceTransformer, losses
-from triton_st.optimization import create_optimizer
-from triton_st.tokenized import TokenizedDataset
 from triton_st.training import SentenceTransformerTrainer
-from triton_st.training_log import history_table
+from triton_st.training.log import history_table
+from triton_st.training.optimization import create_optimizer
+from triton_st.training.tokenized import TokenizedDataset
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,7 +117,8 @@ def _sts_evaluators(args: argparse.Namespace) -> dict[str, EmbeddingSimilarityEv
     from triton_st.synthetic import synthetic_sts
 
     evaluators = {}
-    for split, source in (("dev", args.sts_dev), ("test", args.sts_test)):
+    sources: dict[Literal["dev", "test"], str | None] = {"dev": args.sts_dev, "test": args.sts_test}
+    for split, source in sources.items():
         pairs = load_sts_dataset(source) if source else synthetic_sts(split=split)
         evaluators[split] = EmbeddingSimilarityEvaluator(
             pairs["sentence1"],

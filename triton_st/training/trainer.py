@@ -27,19 +27,17 @@ from transformers.trainer_callback import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
 
-from triton_st import checkpointing, losses, plots
-from triton_st.batching import BatchSchedule, Update, batch_sampler
-from triton_st.checkpointing import CheckpointError
-from triton_st.divergence import TrainingDiverged, check_parameters, diverged
+from triton_st import losses, plots
 from triton_st.evaluation import SequentialEvaluator
 from triton_st.models.packing import to_device
 from triton_st.sentence_transformer import SentenceTransformer
-from triton_st.tokenized import TokenizedDataset
+from triton_st.training import checkpointing
+from triton_st.training.batching import BatchSchedule, Update, batch_sampler
+from triton_st.training.divergence import TrainingDiverged, check_parameters, diverged
+from triton_st.training.log import LOG_NAME, Interrupt, Progress, TrainingLog, deferred_interrupt, history_table
+from triton_st.training.state import RunningLoss, RunState
+from triton_st.training.tokenized import TokenizedDataset
 from triton_st.training_args import SentenceTransformerTrainingArguments
-from triton_st.training_log import LOG_NAME, Interrupt, Progress, TrainingLog, deferred_interrupt, history_table
-from triton_st.training_state import RunningLoss, RunState
-
-__all__ = ["CheckpointError", "SentenceTransformerTrainer", "TrainOutput", "TrainingDiverged"]
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
 
-from triton_st import checkpointing
-from triton_st.checkpointing import CheckpointError
-from triton_st.loss_scaling import LossScaler
-from triton_st.optimization import create_optimizer, create_scheduler, resume_schedule
 from triton_st.sentence_transformer import SentenceTransformer
+from triton_st.training import checkpointing
+from triton_st.training.checkpointing import CheckpointError
+from triton_st.training.loss_scaling import LossScaler
+from triton_st.training.optimization import create_optimizer, create_scheduler, resume_schedule
 from triton_st.training_args import SentenceTransformerTrainingArguments
 
 
