@@ -93,20 +93,27 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
-def product_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
-    """Tile for a product of `rows` × `columns` results.
+def product_tile(dtype: torch.dtype, rows: int, columns: int, *, aligned: bool = True) -> Tile:
+    """Tile for a product of `rows` × `columns` results; `aligned`: rows of the operands are whole blocks of `depth`.
 
     The small tile gives a batch of 128 queries and 384 documents 24 programs; the large one is taken as soon as it
     fills the GPU. 128 × 128 × 64 halves in 3 stages are 96 KiB of shared memory: within the 99 KiB of sm_86 and sm_89.
+    Ragged rows need an address and a mask for every few bytes, so that the large tile spills on sm_100: they get a
+    smaller one.
     Exact float32 products run on the ordinary units, whose operands sit in registers: small and shallow, and with
     ptxas told how many registers it may take (left alone it stops at 80 for the small tile and spills).
     """
     large = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= 96
-    if dtype != torch.float32:
-        return Tile(128, 128, 64, 8, 3) if large else Tile(64, 32, 64, 4, 3)
-    if dot_precision(dtype) == "tf32":
-        return Tile(128, 128, 32, 8, 3) if large else Tile(64, 32, 32, 4, 3)
-    return Tile(128, 64, 16, 8, 2) if large else Tile(64, 32, 16, 4, 2, max_registers=168)
+    if dtype == torch.float32 and dot_precision(dtype) == "ieee":
+        return Tile(128, 64, 16, 8, 2) if large and aligned else Tile(64, 32, 16, 4, 2, max_registers=255)
+    depth = 32 if dtype == torch.float32 else 64
+    return Tile(128, 128 if aligned else 64, depth, 8, 3) if large else Tile(64, 32, depth, 4, 3)
+
+
+def padded_width(dtype: torch.dtype, d: int) -> int:
+    """Width of rows that are copied for a product: whole blocks of `depth`, so that every load is 128 bits wide."""
+    depth = product_tile(dtype, 1, 1).depth
+    return triton.cdiv(d, depth) * depth
 
 
 def splits(programs: int, steps: int, most: int = 256) -> int:

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_st.kernels.common import dot_precision, launch, product_tile
-from triton_st.kernels.products import dot_rows, sum_parts, weighted_sum
+from triton_st.kernels.common import dot_precision, launch, padded_width, product_tile
+from triton_st.kernels.products import dot_rows, new_sums, weighted_sum
 from triton_st.kernels.rows import Scaled, Statistics, copy_rows, inverse, project
 
 GROUP = 8
@@ -53,7 +53,7 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     rows = Statistics(a, b)
-    tile = product_tile(a.dtype, m, n)
+    tile = product_tile(a.dtype, m, n, aligned=d == padded_width(a.dtype, d))
     launch(
         _similarity_kernel, (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),
         a=a, b=b, out=out, a_power=rows.a_power, a_norm=rows.a_norm, b_power=rows.b_power,
@@ -70,11 +70,11 @@ def cosine_similarity_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tens
     With unit rows û: gradient of û_a = grad @ û_b, of a = (that − û_a (û_a · that)) / ‖a‖; b likewise.
     """
     grad, scaled_a, scaled_b = grad.contiguous(), Scaled(a.contiguous()), Scaled(b.contiguous())
-    (m, d), n = a.shape, len(b)
+    m, n = grad.shape
     everything = slice(None)
     unit_a, unit_b = copy_rows(scaled_a, scaled_b, everything, everything, unit=True)
-    a_sums = grad.new_empty(sum_parts(a.dtype, m, n, d, m), m, d, dtype=scaled_a.power.dtype)
-    b_sums = grad.new_empty(sum_parts(a.dtype, n, m, d, n), n, d, dtype=scaled_a.power.dtype)
+    width = unit_a.shape[1]
+    a_sums, b_sums = new_sums(a, width, m, n, m), new_sums(b, width, n, m, n)
     weighted_sum(grad, unit_b, a_sums)
     weighted_sum(grad, unit_a, b_sums, transposed=True)
     return project(a_sums, scaled_a), project(b_sums, scaled_b)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_st.kernels.common import Tile, dot_precision, launch, product_tile, splits
-from triton_st.kernels.products import dot_rows, sum_parts, weighted_sum
+from triton_st.kernels.common import Tile, dot_precision, launch, padded_width, product_tile, splits
+from triton_st.kernels.products import dot_rows, new_sums, weighted_sum
 from triton_st.kernels.rows import COPY_EXPONENT, Scaled, Statistics, copy_rows, inverse, project
 
 PANEL_BYTES = 32 << 20
@@ -25,8 +25,7 @@ PANEL_COLUMNS = 4096
 WEIGHT_EXPONENT = 13
 """Probabilities are stored times 2^13 · (1, 2] · (1, 2], the last two being the norms' mantissas: up to 2^15 in half,
 and down to 2^-27 with all 11 bits."""
-Q_WEIGHT = 2.0 ** (COPY_EXPONENT + 1 + WEIGHT_EXPONENT)
-D_WEIGHT = 2.0 ** (COPY_EXPONENT + 1)
+WEIGHT_SCALE = 2.0 ** (2 * (COPY_EXPONENT + 1) + WEIGHT_EXPONENT)
 
 
 @triton.jit
@@ -154,11 +153,11 @@ def _weights_kernel(
     q_norm, d_norm, logsumexp,  # [q_count], [d_count], [q_count]
     weights,  # [q_count, stride]: probabilities of the negatives, scaled
     share,  # [parts, share_rows] float32: their plain sums are added here
-    scale,
+    scale, weight_scale,  # weights are weight_scale · probability / (both norms)
     q_first, d_first,  # the panel's first query and document
     q_count, d_count, part_documents, share_rows, stride, depth,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, Q_WEIGHT: tl.constexpr, D_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     q_start = tl.program_id(0) * BLOCK_Q
     part = tl.program_id(1)
@@ -171,7 +170,7 @@ def _weights_kernel(
     d_norm += d_start
     weights += q_start.to(tl.int64) * stride + d_start
     pair_offset = q_first + q_start - d_first - d_start
-    q_factor = inverse(q_norm + q_start, BLOCK_Q, q_left)
+    q_factor = inverse(q_norm + q_start, BLOCK_Q, q_left) * scale
     logsumexp_row = tl.load(logsumexp + q_start + row, mask=inside, other=0)
     total = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(0, tl.minimum(part_documents, d_left), BLOCK_M):
@@ -180,13 +179,14 @@ def _weights_kernel(
             D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, False,
         )  # fmt: skip
         d_factor = inverse(d_norm, BLOCK_M, d_left - start)
-        logits = logits * (q_factor * scale)[:, None] * d_factor[None, :]
-        probability = tl.exp(logits - logsumexp_row[:, None])
-        negative = (row + pair_offset)[:, None] != (column + start)[None, :]
+        logits = logits * q_factor[:, None] * d_factor[None, :]
         d_inside = (column < d_left - start)[None, :]
-        probability = tl.where(negative & d_inside, probability, 0.0)
+        probability = tl.where(d_inside, tl.exp(logits - logsumexp_row[:, None]), 0.0)
+        if (start < pair_offset + BLOCK_Q) & (pair_offset < start + BLOCK_M):
+            pair = (row + pair_offset)[:, None] == (column + start)[None, :]
+            probability = tl.where(pair, 0.0, probability)
         total += tl.sum(probability, 1)
-        weight = probability * (q_factor * Q_WEIGHT)[:, None] * (d_factor * D_WEIGHT)[None, :]
+        weight = probability * (q_factor * (weight_scale / scale))[:, None] * d_factor[None, :]
         at = weights + row[:, None] * stride + column[None, :]
         tl.store(at, weight.to(weights.dtype.element_ty), mask=inside[:, None] & d_inside)
         documents += BLOCK_M * D
@@ -208,7 +208,7 @@ def mnrl_loss_forward(queries: Tensor, documents: Tensor, scale: float) -> tuple
     queries, documents = queries.contiguous(), documents.contiguous()
     (b, d), m = queries.shape, len(documents)
     rows = Statistics(queries, documents)
-    tile = product_tile(queries.dtype, b, m)
+    tile = product_tile(queries.dtype, b, m, aligned=d == padded_width(queries.dtype, d))
     parts, part_documents = _stripes(tile, b, m)
     tops, totals = queries.new_empty(2, parts, b, dtype=torch.float32)
     positives, logsumexp = (queries.new_empty(b, dtype=torch.float32) for _ in range(2))
@@ -239,7 +239,7 @@ def mnrl_loss_backward(
     is a sum, not a difference from 1.
     """
     q, d = Scaled(queries.contiguous()), Scaled(documents.contiguous())
-    (b, width), m = queries.shape, len(documents)
+    b, m = len(queries), len(documents)
     dtype = queries.dtype
     columns = min(m, PANEL_COLUMNS)
     stride = triton.cdiv(columns, 16) * 16  # 16-byte lines
@@ -248,10 +248,8 @@ def mnrl_loss_backward(
     parts, _ = _stripes(tile, lines, columns)
     share = queries.new_zeros(parts, b, dtype=torch.float32)
     weights = queries.new_empty(lines, stride)
-    q_parts = sum_parts(dtype, lines, columns, width, b)
-    d_parts = sum_parts(dtype, columns, lines, width, m)
-    q_sums = queries.new_empty(q_parts, b, width, dtype=torch.float32)
-    d_sums = queries.new_empty(d_parts, m, width, dtype=torch.float32)
+    width = padded_width(dtype, queries.shape[1])
+    q_sums, d_sums = new_sums(queries, width, lines, columns, b), new_sums(queries, width, columns, lines, m)
     for q_first in range(0, b, lines):
         q_range = slice(q_first, min(q_first + lines, b))
         for d_first in range(0, m, columns):
@@ -262,13 +260,14 @@ def mnrl_loss_backward(
                 _weights_kernel, (triton.cdiv(len(q_copy), tile.rows), parts),
                 queries=q_copy, documents=d_copy, q_norm=q.norm[q_range], d_norm=d.norm[d_range],
                 logsumexp=logsumexp[q_range], weights=weights, share=share[:, q_range], scale=scale,
+                weight_scale=WEIGHT_SCALE,
                 q_first=q_first, d_first=d_first, q_count=len(q_copy), d_count=len(d_copy),
                 part_documents=part_documents, share_rows=b, stride=stride, depth=width,
                 D=width, BLOCK_Q=tile.rows, BLOCK_M=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(dtype),
-                Q_WEIGHT=Q_WEIGHT, D_WEIGHT=D_WEIGHT, **tile.options,
+                **tile.options,
             )  # fmt: skip
             panel = weights[: len(q_copy), : len(d_copy)]
             weighted_sum(panel, d_copy, q_sums[:, q_range], accumulate=d_first > 0)
             weighted_sum(panel, q_copy, d_sums[:, d_range], transposed=True, accumulate=q_first > 0)
-    options = {"share": share, "grad_loss": grad_loss, "coefficient": scale / b, "undo": 1 / (Q_WEIGHT * D_WEIGHT)}
+    options = {"share": share, "grad_loss": grad_loss, "coefficient": scale / b, "undo": 1 / WEIGHT_SCALE}
     return project(q_sums, q, partner=d, **options), project(d_sums, d, partner=q, **options)

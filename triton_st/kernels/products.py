@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_st.kernels.common import dot_precision, launch, product_tile, splits
+from triton_st.kernels.common import Tile, dot_precision, launch, product_tile, splits
 
 SCRATCH_BYTES = 32 << 20
 """Most that the parts of split sums may take together."""
@@ -35,7 +35,8 @@ def dot_rows(
         a_factor = tl.load(a_power + a_row, mask=a_row < a_left, other=0)[:, None]
         b_factor = tl.load(b_power + b_row, mask=b_row < b_left, other=0)[None, :]
     acc = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
-    for start in range(0, depth, BLOCK_K):
+    # The scaled loop is rare: no buffers of its own in shared memory.
+    for start in tl.range(0, depth, BLOCK_K, num_stages=1 if SCALED else None):
         a_mask, b_mask = (a_row < a_left)[:, None], (b_row < b_left)[None, :]
         if D % BLOCK_K != 0:
             a_mask = a_mask & (start + k < D)[None, :]
@@ -92,32 +93,42 @@ def _weighted_sum_kernel(
     tl.store(at, acc, mask=mask)
 
 
-def sum_parts(dtype: torch.dtype, rows: int, terms: int, d: int, out_rows: int) -> int:
-    """Into how many parts `weighted_sum` cuts its sums; `out_rows` rows of results are to be kept."""
-    tile = product_tile(dtype, rows, d)
-    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(d, tile.columns)
-    most = max(1, SCRATCH_BYTES // max(4 * out_rows * d, 1))
-    return splits(programs, triton.cdiv(terms, 2 * tile.depth), most)
+def _sum_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:
+    """Tile for `weighted_sum`; rows narrower than a tile get a narrower tile."""
+    tile = product_tile(dtype, rows, width)
+    return tile._replace(columns=min(tile.columns, max(16, triton.next_power_of_2(width))))
+
+
+def new_sums(x: Tensor, width: int, rows: int, terms: int, out_rows: int) -> Tensor:
+    """Room for `weighted_sum` of `terms` rows like x's, `width` wide: [parts, out_rows, width], float32.
+
+    `rows` of the `out_rows` are written at a time; the fewer programs that makes, the more parts, up to
+    `SCRATCH_BYTES`.
+    """
+    tile = _sum_tile(x.dtype, rows, width)
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
+    most = max(1, SCRATCH_BYTES // max(4 * out_rows * width, 1))
+    parts = splits(programs, triton.cdiv(terms, 2 * tile.depth), most)
+    return x.new_empty(parts, out_rows, width, dtype=torch.float32)
 
 
 def weighted_sum(
     weights: Tensor, x: Tensor, out: Tensor, *, transposed: bool = False, accumulate: bool = False
 ) -> None:
-    """weights [rows, terms] @ x [terms, D] into (or on top of) out [parts, rows, D], float32, summed part by part.
+    """weights [rows, terms] @ x [terms, width] into (or on top of) out [parts, rows, width], summed part by part.
 
-    `transposed`: weights are stored [terms, rows]. Lines of `weights` and rows of `out` may lie apart.
+    `transposed`: weights are stored [terms, rows]. Lines of `weights` and parts of `out` may lie apart.
     """
-    terms, d = x.shape
+    terms, width = x.shape
     rows = weights.shape[1 if transposed else 0]
     parts = len(out)
-    tile = product_tile(x.dtype, rows, d)
-    column_blocks = triton.cdiv(d, tile.columns)
+    tile = _sum_tile(x.dtype, rows, width)
+    column_blocks = triton.cdiv(width, tile.columns)
     steps = triton.cdiv(terms, tile.depth)
     launch(
         _weighted_sum_kernel, (triton.cdiv(rows, tile.rows) * column_blocks, parts),
         weights=weights, x=x, out=out, rows=rows, terms=terms, part_terms=triton.cdiv(steps, parts) * tile.depth,
-        out_rows=out.stride(0) // max(d, 1), stride=weights.stride(0), accumulate=int(accumulate),
-        D=d, COLUMN_BLOCKS=column_blocks, BLOCK_R=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.depth,
-        TRANSPOSED=transposed, PRECISION=dot_precision(x.dtype),
-        **tile.options,
+        out_rows=out.stride(0) // max(width, 1), stride=weights.stride(0), accumulate=int(accumulate),
+        D=width, COLUMN_BLOCKS=column_blocks, BLOCK_R=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.depth,
+        TRANSPOSED=transposed, PRECISION=dot_precision(x.dtype), **tile.options,
     )  # fmt: skip

@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_st.kernels.common import launch
+from triton_st.kernels.common import launch, padded_width
 from triton_st.reference import EPS
 
-BLOCK_ROWS = 16
 BLOCK_COLUMNS = 128
+BLOCK_NUMBERS = 2048
+"""Numbers in a block: 16 bytes of halves for each of 4 × 64 threads on AMD, twice that for 4 × 32."""
+PROJECT_ROWS = 8
+"""16 rows make the projection spill on sm_80 and sm_100."""
 
 COPY_EXPONENT = 7
 """Copies have norms in [2^7, 2^8): a half has its full 11 bits for every entry down to 2^-21 of the norm."""
@@ -44,9 +47,9 @@ def floor_log2(x):
 
 @triton.jit
 def inverse(norm, BLOCK: tl.constexpr, left):
-    """One over each of the first norms [BLOCK], 1 past the end."""
+    """One over each of the first norms [BLOCK], 0 past the end."""
     row = tl.arange(0, BLOCK)
-    return 1.0 / tl.load(norm + row, mask=row < left, other=1)  # div_rn would be a call, and spill round it
+    return 1.0 / tl.load(norm + row, mask=row < left, other=float("inf"))  # div_rn would be a call, and spill round it
 
 
 @triton.jit
@@ -108,12 +111,12 @@ def _statistics_kernel(
 @triton.jit
 def _write_copy(
     x, copy, power_out, norm_out, block, count,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     first, row, column = block * BLOCK_R, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     left = count - first
     x += first.to(tl.int64) * D
-    copy += first.to(tl.int64) * D
+    copy += first.to(tl.int64) * WIDTH
     norm, power = _norms(x, left, D, BLOCK_R, BLOCK_D)
     below = (norm < _EPS * power) & (norm > 0)
     ordinary = (norm > 0) & (norm < float("inf"))
@@ -124,38 +127,43 @@ def _write_copy(
     norm = tl.where(norm == 0, float("inf"), norm)
     tl.store(power_out + first + row, power, mask=row < left)
     tl.store(norm_out + first + row, norm, mask=row < left)
-    offset = row[:, None] * D + column[None, :]
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, WIDTH, BLOCK_D):
         mask = (row < left)[:, None] & (start + column < D)[None, :]
-        value = tl.load(x + offset + start, mask=mask, other=0).to(tl.float32) * power[:, None]
+        value = tl.load(x + row[:, None] * D + column[None, :] + start, mask=mask, other=0).to(tl.float32)
+        value = value * power[:, None]
         if UNIT:
             value = tl.div_rn(value, tl.broadcast_to(norm[:, None], [BLOCK_R, BLOCK_D]))
-        tl.store(copy + offset + start, value.to(copy.dtype.element_ty), mask=mask)
+        mask = (row < left)[:, None] & (start + column < WIDTH)[None, :]
+        at = copy + row[:, None] * WIDTH + column[None, :] + start
+        tl.store(at, value.to(copy.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["a_count", "b_count"])
 def _copy_kernel(
     a, b,  # [M, D], [N, D]
-    a_copy, b_copy,  # the same, scaled
+    a_copy, b_copy,  # [M, WIDTH], [N, WIDTH]: the same, scaled, then zeros
     a_power, a_norm, b_power, b_norm,  # [M], [M], [N], [N]
     a_count, b_count,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     a_blocks = tl.cdiv(a_count, BLOCK_R)
     if block < a_blocks:
-        _write_copy(a, a_copy, a_power, a_norm, block, a_count, D, BLOCK_R, BLOCK_D, UNIT)
+        _write_copy(a, a_copy, a_power, a_norm, block, a_count, D, WIDTH, BLOCK_R, BLOCK_D, UNIT)
     else:
-        _write_copy(b, b_copy, b_power, b_norm, block - a_blocks, b_count, D, BLOCK_R, BLOCK_D, UNIT)
+        _write_copy(b, b_copy, b_power, b_norm, block - a_blocks, b_count, D, WIDTH, BLOCK_R, BLOCK_D, UNIT)
 
 
 @triton.jit
 def _through_norm(
-    sums, part_stride, parts, undo, x, power, norm, other, other_power, other_weight, offset, mask,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    sums, part_stride, parts, undo, x, power, norm, other, other_power, other_weight, start, inside,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One column block of the gradient of the unit rows, and of the unit rows themselves. [BLOCK_R, BLOCK_D] each."""
-    at = sums + offset
+    row, column = tl.arange(0, BLOCK_R), start + tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (column < D)[None, :]
+    offset = row[:, None] * D + column[None, :]
+    at = sums + row[:, None] * WIDTH + column[None, :]
     grad = tl.load(at, mask=mask, other=0)
     for _ in range(1, parts):
         at += part_stride
@@ -165,21 +173,21 @@ def _through_norm(
         positive = tl.load(other + offset, mask=mask & (other_weight != 0)[:, None], other=0).to(tl.float32)
         grad = grad * undo[:, None] - positive * other_power[:, None] * other_weight[:, None]
     unit = tl.load(x + offset, mask=mask, other=0).to(tl.float32) * power[:, None]
-    return grad, tl.div_rn(unit, tl.broadcast_to(norm[:, None], [BLOCK_R, BLOCK_D]))
+    return grad, tl.div_rn(unit, tl.broadcast_to(norm[:, None], [BLOCK_R, BLOCK_D])), offset, mask
 
 
 @triton.jit(do_not_specialize=["count", "parts", "other_count", "share_parts"])
 def _project_kernel(
-    sums,  # [parts, count, D] float32: gradient of the unit rows, in parts
+    sums,  # [parts, count, WIDTH ≥ D] float32: gradient of the unit rows, in parts
     x, power, norm, out,  # [count, D], [count], [count], [count, D]
     other, other_power, other_norm,  # each row's partner in a positive pair: [other_count ≤ count, D], or None
     share,  # [share_parts, other_count]: probability that a pair's query gives to other documents, in parts
     grad_loss,  # [] or None
     coefficient, undo,
     count, parts, other_count, share_parts,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    first, row, column = tl.program_id(0) * BLOCK_R, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    first, row = tl.program_id(0) * BLOCK_R, tl.arange(0, BLOCK_R)
     inside = row < count - first
     power = tl.load(power + first + row, mask=inside, other=0)
     norm = tl.load(norm + first + row, mask=inside, other=1)
@@ -196,35 +204,33 @@ def _project_kernel(
         other_power = tl.load(other_power + first + row, mask=paired, other=0)
         other += first.to(tl.int64) * D
         coefficient = coefficient * tl.load(grad_loss).to(tl.float32)
-    sums += first.to(tl.int64) * D
+    sums += first.to(tl.int64) * WIDTH
     x += first.to(tl.int64) * D
     out += first.to(tl.int64) * D
-    part_stride = tl.cast(count, tl.int64) * D
+    part_stride = tl.cast(count, tl.int64) * WIDTH
     radial = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
-        mask = inside[:, None] & (column < D - start)[None, :]
-        offset = row[:, None] * D + column[None, :] + start
-        grad, unit = _through_norm(
-            sums, part_stride, parts, undo_row, x, power, norm, other, other_power, other_weight, offset, mask,
-            BLOCK_R, BLOCK_D,
+        grad, unit, offset, mask = _through_norm(
+            sums, part_stride, parts, undo_row, x, power, norm, other, other_power, other_weight, start, inside,
+            D, WIDTH, BLOCK_R, BLOCK_D,
         )  # fmt: skip
         radial += grad * unit
     radial = tl.where(power == _BELOW_EPS_POWER, 0.0, tl.sum(radial, 1))
     factor = tl.div_rn(tl.zeros([BLOCK_R], tl.float32) + coefficient, norm)
     for start in range(0, D, BLOCK_D):
-        mask = inside[:, None] & (column < D - start)[None, :]
-        offset = row[:, None] * D + column[None, :] + start
-        grad, unit = _through_norm(
-            sums, part_stride, parts, undo_row, x, power, norm, other, other_power, other_weight, offset, mask,
-            BLOCK_R, BLOCK_D,
+        grad, unit, offset, mask = _through_norm(
+            sums, part_stride, parts, undo_row, x, power, norm, other, other_power, other_weight, start, inside,
+            D, WIDTH, BLOCK_R, BLOCK_D,
         )  # fmt: skip
         grad = (grad - unit * radial[:, None]) * factor[:, None] * power[:, None]
         grad = tl.where((power == 0)[:, None], 0.0, grad)
         tl.store(out + offset, grad.to(out.dtype.element_ty), mask=mask)
 
 
-def _blocks(*counts: int) -> int:
-    return sum(triton.cdiv(count, BLOCK_ROWS) for count in counts)
+def _block(d: int) -> tuple[int, int]:
+    """Rows and columns of a block."""
+    columns = min(BLOCK_COLUMNS, max(16, triton.next_power_of_2(d)))
+    return BLOCK_NUMBERS // columns, columns
 
 
 class Statistics:
@@ -235,11 +241,12 @@ class Statistics:
         self.a_power, self.a_norm, self.b_power, self.b_norm = a.new_empty(2 * (m + n), dtype=torch.float32).split(
             (m, m, n, n)
         )
+        block_rows, block_columns = _block(d)
         self.extreme = torch.zeros(1, dtype=torch.int32, device=a.device)
         launch(
-            _statistics_kernel, (_blocks(m, n),),
+            _statistics_kernel, (triton.cdiv(m, block_rows) + triton.cdiv(n, block_rows),),
             a=a, b=b, a_power=self.a_power, a_norm=self.a_norm, b_power=self.b_power, b_norm=self.b_norm,
-            extreme=self.extreme, a_count=m, b_count=n, D=d, BLOCK_R=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS, num_warps=4,
+            extreme=self.extreme, a_count=m, b_count=n, D=d, BLOCK_R=block_rows, BLOCK_D=block_columns, num_warps=4,
         )  # fmt: skip
 
 
@@ -252,16 +259,21 @@ class Scaled:
 
 
 def copy_rows(a: Scaled, b: Scaled, a_range: slice, b_range: slice, *, unit: bool) -> tuple[Tensor, Tensor]:
-    """Copies of ranges of both sets of rows, their norms in [2^7, 2^8) or 1; fills in power and norm. One launch."""
+    """Copies of ranges of both sets of rows, their norms in [2^7, 2^8) or 1; fills in power and norm. One launch.
+
+    Copies are widened with zeros to `padded_width`.
+    """
     a_rows, b_rows = a.rows[a_range], b.rows[b_range]
-    a_copy, b_copy = torch.empty_like(a_rows), torch.empty_like(b_rows)
+    d = a_rows.shape[1]
+    width = padded_width(a_rows.dtype, d)
+    block_rows, block_columns = _block(width)
+    a_copy, b_copy = a_rows.new_empty(len(a_rows), width), b_rows.new_empty(len(b_rows), width)
     launch(
-        _copy_kernel, (_blocks(len(a_rows), len(b_rows)),),
+        _copy_kernel, (triton.cdiv(len(a_rows), block_rows) + triton.cdiv(len(b_rows), block_rows),),
         a=a_rows, b=b_rows, a_copy=a_copy, b_copy=b_copy,
-        a_power=a.power[a_range], a_norm=a.norm[a_range],
-        b_power=b.power[b_range], b_norm=b.norm[b_range],
-        a_count=len(a_rows), b_count=len(b_rows), D=a_rows.shape[1],
-        BLOCK_R=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS, UNIT=unit, num_warps=4,
+        a_power=a.power[a_range], a_norm=a.norm[a_range], b_power=b.power[b_range], b_norm=b.norm[b_range],
+        a_count=len(a_rows), b_count=len(b_rows),
+        D=d, WIDTH=width, BLOCK_R=block_rows, BLOCK_D=block_columns, UNIT=unit, num_warps=4,
     )  # fmt: skip
     return a_copy, b_copy
 
@@ -276,16 +288,16 @@ def project(
     coefficient: float = 1.0,
     undo: float = 1.0,
 ) -> Tensor:
-    """Gradient of the rows of x from that of their unit rows, which is the sum of the parts of `sums` [parts, N, D]."""
+    """Gradient of the rows of x from that of their unit rows, the sum of the parts of `sums` [parts, N, width]."""
     out = torch.empty_like(x.rows)
     count, d = x.rows.shape
     launch(
-        _project_kernel, (_blocks(count),),
+        _project_kernel, (triton.cdiv(count, PROJECT_ROWS),),
         sums=sums, x=x.rows, power=x.power, norm=x.norm, out=out,
         other=partner.rows if partner else None, other_power=partner.power if partner else None,
         other_norm=partner.norm if partner else None, share=share, grad_loss=grad_loss,
         coefficient=coefficient, undo=undo, count=count, parts=len(sums),
         other_count=0 if share is None else share.shape[1], share_parts=0 if share is None else len(share),
-        D=d, BLOCK_R=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS, num_warps=4,
+        D=d, WIDTH=sums.shape[2], BLOCK_R=PROJECT_ROWS, BLOCK_D=_block(d)[1], num_warps=4,
     )  # fmt: skip
     return out
