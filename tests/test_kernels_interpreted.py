@@ -1,0 +1,192 @@
+"""What only the Triton kernels have: splits, panels, tile sizes, powers of two. Interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from serving import serving
+from tolerance import assert_matches_reference
+from torch import Tensor
+
+from triton_st import kernels, ops, reference
+from triton_st.kernels import common, rows
+from triton_st.kernels.common import Tile
+
+mnrl_module = importlib.import_module("triton_st.kernels.mnrl_loss")
+PRODUCT_MODULES = [mnrl_module] + [
+    importlib.import_module(f"triton_st.kernels.{name}") for name in ("cosine_similarity", "products")
+]
+HALF_AND_SINGLE = pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+
+
+def random_rows(count: int, dim: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * count + 10 * dim + seed)
+    return (0.5 + torch.randn(count, dim, generator=generator)).to(dtype).to(device)
+
+
+@pytest.fixture
+def tile(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tile:
+    """All products are made with the tile that the test is parametrised with."""
+    for module in PRODUCT_MODULES:
+        monkeypatch.setattr(module, "product_tile", lambda *_, **__: request.param)
+    return request.param
+
+
+def test_one_launcher_for_each_operator() -> None:
+    operators = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "triton_st::" in name}
+    assert set(kernels.__all__) == {name.partition(".")[0] for name in operators}
+    assert all(callable(getattr(kernels, name)) for name in kernels.__all__)
+
+
+@HALF_AND_SINGLE
+@pytest.mark.parametrize(
+    "tile", [Tile(128, 128, 64, 8, 3), Tile(64, 32, 64, 4, 3), Tile(128, 64, 16, 8, 2)], indirect=True, ids=str
+)
+def test_every_tile_size(tile: Tile, dtype: torch.dtype, device: torch.device) -> None:
+    queries, documents = random_rows(67, 20, dtype, device), random_rows(134, 20, dtype, device)
+    with serving("triton", "mnrl_loss_forward", dtype, device):
+        assert_matches_reference(ops.cosine_similarity, reference.cosine_similarity, (queries, documents))
+        assert_matches_reference(ops.mnrl_loss, reference.mnrl_loss, (queries, documents, 20.0), magnitude=20.0)
+
+
+@HALF_AND_SINGLE
+def test_backward_in_panels_is_backward_in_one(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four panels of documents, three of queries; positives lie in some of them only."""
+    queries, documents = random_rows(40, 50, dtype, device), random_rows(120, 50, dtype, device)
+    grad, scale = torch.tensor(3.0, device=device), 20.0
+    _, logsumexp = kernels.mnrl_loss_forward(queries, documents, scale)
+    whole = kernels.mnrl_loss_backward(grad, queries, documents, logsumexp, scale)
+    monkeypatch.setattr(mnrl_module, "PANEL_COLUMNS", 32)
+    monkeypatch.setattr(mnrl_module, "PANEL_BYTES", 32 * dtype.itemsize * 16)
+    with common.recording("cuda") as launches:
+        kernels.mnrl_loss_backward(grad, queries, documents, logsumexp, scale)
+    assert sum(launch.kernel is mnrl_module._weights_kernel for launch in launches) == 12
+    panels = kernels.mnrl_loss_backward(grad, queries, documents, logsumexp, scale)
+    for actual, expected in zip(panels, whole, strict=True):
+        bound = 8 * torch.finfo(dtype).eps * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
+
+
+@HALF_AND_SINGLE
+def test_sums_in_parts(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows against many: the products behind the gradients are cut along the many, and added up afterwards."""
+    a, b = random_rows(3, 20, dtype, device), random_rows(700, 20, dtype, device)
+    with common.recording("cuda") as launches:
+        kernels.cosine_similarity_backward(a.new_ones(3, 700), a, b)
+    assert max(launch.grid[1] for launch in launches if len(launch.grid) == 2) > 1
+    with serving("triton", "cosine_similarity", dtype, device):
+        assert_matches_reference(ops.cosine_similarity, reference.cosine_similarity, (a, b))
+
+
+@pytest.mark.parametrize("length", [1, 31, 64, 513])
+@HALF_AND_SINGLE
+def test_long_sequences_are_pooled_in_parts(length: int, dtype: torch.dtype, device: torch.device) -> None:
+    hidden = random_rows(2 * length, 20, dtype, device)
+    cu_seqlens = torch.tensor([0, length + length // 2, 2 * length], dtype=torch.int32, device=device)
+    mask = torch.arange(2 * length, device=device).remainder(3).view(2, length) != 0
+    with serving("triton", "packed_mean_pool", dtype, device):
+        assert_matches_reference(ops.packed_mean_pool, reference.packed_mean_pool, (hidden, cu_seqlens))
+        padded = hidden.view(2, length, 20)
+        assert_matches_reference(ops.masked_mean_pool, reference.masked_mean_pool, (padded, mask))
+    parts = common.splits(2, 513 // 32 + 1)
+    assert 1 < parts <= 17
+
+
+def test_splits_cover_every_step_and_leave_none_empty() -> None:
+    for programs in (0, 1, 7, 511, 512, 10_000):
+        for steps in (0, 1, 2, 16, 17, 1000):
+            parts = common.splits(programs, steps, most=64)
+            per_part = -(-max(steps, 1) // parts)
+            assert 1 <= parts <= 64
+            assert (parts - 1) * per_part < max(steps, 1) <= parts * per_part
+    assert common.splits(512, 1000) == 1
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-13, 1e-6, 1.0, 1e6, 1e30, 1e37])
+def test_copies_have_one_size(size: float, device: torch.device) -> None:
+    """Copies are the rows times a power of two; power, norm and copy give back the unit row."""
+    x = random_rows(5, 50, torch.float32, device) * size
+    x[3] = 0
+    scaled, other = rows.Scaled(x), rows.Scaled(x[:2])
+    copy, _ = rows.copy_rows(scaled, other, slice(None), slice(None), unit=False)
+    unit, _ = rows.copy_rows(scaled, other, slice(None), slice(None), unit=True)
+    assert copy.shape == unit.shape == (5, common.padded_width(torch.float32, 50))
+    assert not copy[3].any()
+    assert not copy[:, 50:].any()
+    assert not unit[:, 50:].any()
+    copy, unit = copy[:, :50], unit[:, :50]
+    torch.testing.assert_close(unit, reference.normalize(x), rtol=3e-7, atol=0)
+    kept = [0, 1, 2, 4]
+    mantissa, _ = torch.frexp(scaled.power[kept])
+    assert torch.equal(mantissa, torch.full_like(mantissa, 0.5))
+    assert torch.equal(copy[kept], (x.double() * scaled.power.double()[:, None]).float()[kept])
+    norms = copy.double().norm(dim=1)[kept]
+    if size > 1e-12:
+        assert ((norms >= 2**rows.COPY_EXPONENT) & (norms < 2 ** (rows.COPY_EXPONENT + 1))).all()
+        torch.testing.assert_close(scaled.norm[kept].double(), norms)
+    else:  # shorter than EPS: divided by that
+        torch.testing.assert_close((scaled.power / scaled.norm)[kept], torch.full((4,), 1e12, device=device))
+
+
+def test_extreme_rows_are_noticed(device: torch.device) -> None:
+    ordinary, extreme = random_rows(20, 50, torch.float32, device), random_rows(20, 50, torch.float32, device)
+    extreme[17] *= 1e25
+    assert rows.Statistics(ordinary, ordinary).extreme.item() == 0
+    statistics = rows.Statistics(ordinary, extreme)
+    assert statistics.extreme.item() == 1
+    assert torch.equal(statistics.a_power, torch.ones_like(statistics.a_power))
+    assert statistics.b_power.ne(1).nonzero().tolist() == [[17]]
+    ordinary[3] = 0  # a zero row is nothing special
+    assert rows.Statistics(ordinary, ordinary).extreme.item() == 0
+
+
+def test_half_weights_neither_overflow_nor_vanish(device: torch.device) -> None:
+    """Probabilities from 1 down to 1e-8, norms from 2^-10 to 2^10 within one batch of halves."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(24, 48, generator=generator)
+    documents = torch.cat([queries + 0.5 * torch.randn(24, 48, generator=generator), -queries])
+    sizes = torch.exp2(torch.linspace(-10, 10, 24))[:, None]
+    queries, documents = queries * sizes, documents * sizes.flip(0).repeat(2, 1)
+    inputs = queries.half().to(device), documents.half().to(device), 30.0
+    _, logsumexp = kernels.mnrl_loss_forward(*inputs)
+    wide = [x.double() for x in inputs[:2]]
+    _, exact_logsumexp = reference.mnrl_loss_forward(*wide, 30.0)
+    grad = torch.ones((), device=device)
+    actual = kernels.mnrl_loss_backward(grad, inputs[0], inputs[1], logsumexp, 30.0)
+    exact = reference.mnrl_loss_backward(grad.double(), *wide, exact_logsumexp, 30.0)
+    for a, e in zip(actual, exact, strict=True):
+        # Row by row: a lost row would hide behind those with larger gradients. Storing in half is part of the result.
+        error = (a.double() - e).norm(dim=1)
+        stored = (e.half().double() - e).norm(dim=1)
+        assert (error <= 2 * stored + 1e-3 * e.norm(dim=1)).all()
+
+
+def test_repeats_bit_for_bit(device: torch.device) -> None:
+    queries, documents = random_rows(70, 50, torch.float16, device), random_rows(140, 50, torch.float16, device)
+    _, logsumexp = kernels.mnrl_loss_forward(queries, documents, 20.0)
+    grad = torch.ones((), device=device)
+    first, second = (kernels.mnrl_loss_backward(grad, queries, documents, logsumexp, 20.0) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_recording_launches_nothing_and_needs_no_values(device: torch.device) -> None:
+    hidden = torch.empty(6, 8, device="meta")
+    with common.recording("hip") as launches:
+        assert common.on_hip()
+        result = kernels.packed_mean_pool(hidden, torch.empty(3, dtype=torch.int32, device="meta"))
+    assert result.shape == (2, 8)
+    assert [launch.arguments["D"] for launch in launches] == [8]
+    assert common._recorded is None
+
+
+def test_empty_results_launch_nothing(device: torch.device) -> None:
+    with common.recording("cuda") as launches:
+        empty = torch.empty(0, 8, device=device)
+        assert kernels.packed_mean_pool(empty, torch.zeros(1, dtype=torch.int32, device=device)).shape == (0, 8)
+        assert kernels.cosine_similarity(empty, torch.ones(3, 8, device=device)).shape == (0, 3)
+        assert kernels.masked_mean_pool(empty[None], empty[None, :, 0].long()).shape == (1, 8)
+    assert len(launches) == 1  # one row without tokens: it is written as zero
