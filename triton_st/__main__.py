@@ -116,7 +116,7 @@ def _sts_evaluators(args: argparse.Namespace) -> dict[str, EmbeddingSimilarityEv
     from triton_st.evaluation import EmbeddingSimilarityEvaluator
     from triton_st.synthetic import synthetic_sts
 
-    evaluators = {}
+    evaluators: dict[str, EmbeddingSimilarityEvaluator] = {}
     sources: dict[Literal["dev", "test"], str | None] = {"dev": args.sts_dev, "test": args.sts_test}
     for split, source in sources.items():
         pairs = load_sts_dataset(source) if source else synthetic_sts(split=split)
