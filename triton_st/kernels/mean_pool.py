@@ -11,8 +11,8 @@ from triton_st.kernels.common import launch, splits
 
 BLOCK_TOKENS = 32
 BLOCK_COMBINE = 512
-BLOCK_SPREAD = 16
-"""Tokens written at a time in backward: 32 spill in float32 on sm_80."""
+BLOCK_COUNT = 256
+"""Mask entries counted at a time in backward: with 512, ptxas spills two registers on sm_80."""
 BLOCK_COLUMNS = 128
 """Widest column block: a row's piece is 512 bytes of float32 or 256 of half, whole cache lines, 16 bytes a thread."""
 
@@ -180,11 +180,11 @@ def _pool_backward(
     rows, d = grad.shape
     block, column_blocks = _blocks(d)
     programs = rows * column_blocks
-    parts = splits(programs, triton.cdiv(mean_length, BLOCK_SPREAD))
+    parts = splits(programs, triton.cdiv(mean_length, BLOCK_TOKENS))
     launch(
         _spread_kernel, (programs, parts),
         grad=grad, extents=extents, grad_hidden=grad_hidden, length=length, parts=parts,
-        D=d, COLUMN_BLOCKS=column_blocks, BLOCK_T=BLOCK_SPREAD, BLOCK_D=block, BLOCK_COUNT=512, MASKED=masked,
+        D=d, COLUMN_BLOCKS=column_blocks, BLOCK_T=BLOCK_TOKENS, BLOCK_D=block, BLOCK_COUNT=BLOCK_COUNT, MASKED=masked,
         num_warps=4,
     )  # fmt: skip
     return grad_hidden
