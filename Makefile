@@ -48,7 +48,7 @@ bench: $(VENV)/.tools
 	$(PY) -m bench.report
 
 kernels: $(VENV)/.tools
-	$(PY) -m bench.kernels_aot
+	$(PY) -m triton_st.kernels.aot
 
 gpu: $(VENV)/.tools
 	TRITON_ST_TEST_DEVICE=cuda $(PY) -m pytest tests/test_mean_pool.py tests/test_cosine_similarity.py tests/test_mnrl_loss.py
