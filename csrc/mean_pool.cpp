@@ -3,10 +3,9 @@
 // one long sequence is shared by all threads and the result is the same, bit for bit, on any number of them.
 #include <algorithm>
 #include <cstdint>
-#include <tuple>
+#include <cstring>
 #include <vector>
 
-#include "stream.h"
 #include "tensor.h"
 
 namespace triton_st {
@@ -20,9 +19,19 @@ thread_local Buffer scratch;
 
 // --- sums and means of rows ---
 
+// The processor's own prefetching loses track of several rows read side by side: rows this many bytes further on are asked
+// for by name, which takes sums of half precision from a third of the memory's bandwidth to nearly all of it.
+constexpr int64_t kPrefetchBytes = 8 << 10;
+
+// How many elements further on the row is that lies kPrefetchBytes away, among rows of `bytes` bytes `stride` apart.
+int64_t prefetch_distance(int64_t bytes, int64_t stride) {
+  return stride * ceil_div(kPrefetchBytes, std::max<int64_t>(bytes, 1));
+}
+
 template <int kCount, class T>
-void add_rows(float* sums, const T* const* rows, int64_t d) {
+void add_rows(float* sums, const T* const* rows, int64_t d, int64_t ahead) {
   auto block = [&](int64_t i, auto... n) {
+    for (int r = 0; r < kCount; ++r) __builtin_prefetch(rows[r] + i + ahead);
     Vec x = load(rows[0] + i, n...);
     if constexpr (kCount > 1) x += load(rows[1] + i, n...);
     if constexpr (kCount > 2) {
@@ -37,24 +46,24 @@ void add_rows(float* sums, const T* const* rows, int64_t d) {
   if (i < d) block(i, static_cast<int>(d - i));
 }
 
-// sums[0 … round_up(d, kWidth)) = Σ of n rows, the r-th of which is row_of(r).
+// sums[0 … round_up(d, kWidth)) = Σ of n rows, the r-th of which is row_of(r); what lies `ahead` elements on comes next.
 template <class T, class RowOf>
-void sum_rows(float* sums, int64_t n, int64_t d, RowOf&& row_of) {
+void sum_rows(float* sums, int64_t n, int64_t d, int64_t ahead, RowOf&& row_of) {
   std::fill_n(sums, round_up(d, kWidth), 0.f);
   int64_t r = 0;
   for (; r + 4 <= n; r += 4) {
     const T* const rows[] = {row_of(r), row_of(r + 1), row_of(r + 2), row_of(r + 3)};
-    add_rows<4>(sums, rows, d);
+    add_rows<4>(sums, rows, d, ahead);
   }
   const T* rest[3];
   for (int64_t i = 0; r + i < n; ++i) rest[i] = row_of(r + i);
   switch (n - r) {
     case 3:
-      return add_rows<3>(sums, rest, d);
+      return add_rows<3>(sums, rest, d, ahead);
     case 2:
-      return add_rows<2>(sums, rest, d);
+      return add_rows<2>(sums, rest, d, ahead);
     case 1:
-      return add_rows<1>(sums, rest, d);
+      return add_rows<1>(sums, rest, d, ahead);
   }
 }
 
@@ -136,7 +145,12 @@ Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
     T* output = data<T>(out);
     const int64_t batch_stride = hidden.stride(0), stride = hidden.stride(1);
     const int64_t padded = round_up(d, kWidth), pieces = mask.pieces();
-    const int64_t piece_bytes = std::min(mask.length, kPiece) * d * static_cast<int64_t>(sizeof(T)) + 1;
+    const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T));
+    const int64_t piece_bytes = std::min(mask.length, kPiece) * row_bytes + 1;
+    // The same position of a later sequence is less likely to be padding than a later position, if it is near enough.
+    const int64_t ahead = mask.length * row_bytes <= 4 * kPrefetchBytes
+                              ? prefetch_distance(mask.length * row_bytes, batch_stride)
+                              : prefetch_distance(row_bytes, stride);
     Buffer partials(pieces > 1 ? b_count * pieces * padded : 0);
     std::vector<int32_t> counts(pieces > 1 ? b_count * pieces : 0);
 
@@ -148,7 +162,7 @@ Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
         const int n = mask.kept(b, begin, std::min(begin + kPiece, mask.length), positions);
         const T* origin = input + b * batch_stride + begin * stride;
         float* sums = pieces > 1 ? partials.get() + piece * padded : scratch.reserve(padded);
-        sum_rows<T>(sums, n, d, [&](int64_t r) { return origin + positions[r] * stride; });
+        sum_rows<T>(sums, n, d, ahead, [&](int64_t r) { return origin + positions[r] * stride; });
         if (pieces > 1) {
           counts[piece] = n;
         } else {
@@ -213,6 +227,7 @@ Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
     const Matrix<const T> input = matrix<T>(hidden);
     T* output = data<T>(out);
     const int64_t padded = round_up(d, kWidth), row_bytes = d * static_cast<int64_t>(sizeof(T)) + 1;
+    const int64_t ahead = prefetch_distance(row_bytes, input.stride);
     // Partial sums of sequences longer than a piece. Their first pieces start more than kPiece apart, and so do any two of
     // their other pieces, so the piece that starts at token t has slot 2·(t / kPiece), + 1 unless it is a first one, alone.
     Buffer partials(sequences.longest() > kPiece ? 2 * ceil_div(tokens, kPiece) * padded : 0);
@@ -225,7 +240,7 @@ Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
            offset == 0 || (offset < length && start + offset < before); offset += kPiece) {
         const int64_t n = std::min(length - offset, kPiece);
         float* sums = length > kPiece ? slot(start + offset, offset == 0) : scratch.reserve(padded);
-        sum_rows<T>(sums, n, d, [&](int64_t r) { return input.row(start + offset + r); });
+        sum_rows<T>(sums, n, d, ahead, [&](int64_t r) { return input.row(start + offset + r); });
         if (length <= kPiece) write_mean(output + s * d, sums, n, d);
       }
     };
@@ -254,26 +269,41 @@ Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
 
 // --- gradients: every kept token of a sequence gets gradient / count ---
 
-// Memory of one thread for a row that is written many times.
+// A row repeated so that a whole cache line of it can be read at every offset below its period. Writing whole lines, not
+// rows, is what keeps narrow rows as fast as wide ones. (Non-temporal stores were measured and are no faster: memory that is
+// new to the process has just been cleared by the system and is in the caches.)
 template <class T>
-Pattern share(const T* grad, int64_t count, int64_t d) {
-  const int64_t bytes = d * static_cast<int64_t>(sizeof(T));
-  char* memory = reinterpret_cast<char*>(scratch.reserve(ceil_div(Pattern::needed(bytes), 4)));
-  const Vec divisor = splat(static_cast<float>(std::max<int64_t>(count, 1)));
-  T* row = reinterpret_cast<T*>(memory);
-  int64_t i = 0;
-  for (; i + kWidth <= d; i += kWidth) store(row + i, load(grad + i) / divisor);
-  if (i < d) store(row + i, load(grad + i, static_cast<int>(d - i)) / divisor, static_cast<int>(d - i));
-  return Pattern(memory, bytes);
-}
-
-void write(const Pattern& pattern, char* p, int64_t bytes, bool past_caches) {
-  if (past_caches) {
-    pattern.write<true>(p, bytes);
-  } else {
-    pattern.write<false>(p, bytes);
+class Share {
+ public:
+  // The row is grad / max(count, 1), of d elements. Lives in memory of this thread until the next one is made.
+  Share(const T* grad, int64_t count, int64_t d) : period_(d * static_cast<int64_t>(sizeof(T))) {
+    const int64_t bytes = period_;
+    memory_ = reinterpret_cast<char*>(scratch.reserve(ceil_div(2 * kLine + 2 * bytes, 4)));
+    T* row = reinterpret_cast<T*>(memory_);
+    const Vec divisor = splat(static_cast<float>(std::max<int64_t>(count, 1)));
+    int64_t i = 0;
+    for (; i + kWidth <= d; i += kWidth) store(row + i, load(grad + i) / divisor);
+    if (i < d) store(row + i, load(grad + i, static_cast<int>(d - i)) / divisor, static_cast<int>(d - i));
+    while (period_ < kLine) period_ += bytes;
+    for (i = bytes; i < period_ + kLine; ++i) memory_[i] = memory_[i - bytes];
   }
-}
+
+  // Writes `count` bytes of the repeated row to p.
+  void write(char* p, int64_t count) const {
+    int64_t offset = 0;
+    for (; count >= kLine; count -= kLine, p += kLine) {
+      std::memcpy(p, memory_ + offset, kLine);
+      offset += kLine;
+      offset = offset >= period_ ? offset - period_ : offset;
+    }
+    std::memcpy(p, memory_ + offset, count);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  char* memory_;
+  int64_t period_;
+};
 
 Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_mask) {
   const Tensor grad = dense_rows(grad_in);
@@ -287,7 +317,6 @@ Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_
     const Matrix<const T> gradient = matrix<T>(grad);
     char* output = reinterpret_cast<char*>(data<T>(out));
     const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T)), pieces = mask.pieces();
-    const bool past_caches = b_count * length * row_bytes > kNonTemporalBytes;
     std::vector<int64_t> counts(b_count);
     parallel(b_count, b_count * length / 2, [&](int64_t b) {
       int32_t positions[kPiece];
@@ -303,7 +332,7 @@ Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_
         int32_t positions[kPiece + 1];
         const int kept = mask.kept(b, begin, end, positions);
         positions[kept] = static_cast<int32_t>(end - begin);
-        const Pattern pattern = share(gradient.row(b), counts[b], d);
+        const Share<T> share(gradient.row(b), counts[b], d);
         char* p = output + (b * length + begin) * row_bytes;
         // Alternate runs of padding and of tokens.
         for (int64_t position = 0, next = 0; position < end - begin;) {
@@ -313,11 +342,10 @@ Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_
           }
           int64_t run = 0;
           while (next < kept && positions[next] == position + run) ++next, ++run;
-          write(pattern, p + position * row_bytes, run * row_bytes, past_caches);
+          share.write(p + position * row_bytes, run * row_bytes);
           position += run;
         }
       }
-      if (past_caches) finish_stores();
     });
   });
   return out;
@@ -335,7 +363,6 @@ Tensor packed_mean_pool_backward(const Tensor& grad_in, const Tensor& cu_seqlens
     const Matrix<const T> gradient = matrix<T>(grad);
     char* output = reinterpret_cast<char*>(data<T>(out));
     const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T));
-    const bool past_caches = tokens * row_bytes > kNonTemporalBytes;
     const int64_t unit_tokens = std::max<int64_t>(kUnitBytes / row_bytes, 1);
     parallel(ceil_div(tokens, unit_tokens), tokens * row_bytes / kBytesPerNanosecond, [&](int64_t unit) {
       const int64_t from = unit * unit_tokens, before = std::min(from + unit_tokens, tokens);
@@ -343,10 +370,9 @@ Tensor packed_mean_pool_backward(const Tensor& grad_in, const Tensor& cu_seqlens
            s < sequences.count() && sequences.start(s) < before; ++s) {
         const int64_t begin = std::max(sequences.start(s), from), end = std::min(sequences.start(s + 1), before);
         if (begin >= end) continue;
-        const Pattern pattern = share(gradient.row(s), sequences.length(s), d);
-        write(pattern, output + begin * row_bytes, (end - begin) * row_bytes, past_caches);
+        const Share<T> share(gradient.row(s), sequences.length(s), d);
+        share.write(output + begin * row_bytes, (end - begin) * row_bytes);
       }
-      if (past_caches) finish_stores();
     });
   });
   return out;

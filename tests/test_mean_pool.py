@@ -191,7 +191,7 @@ def test_results_do_not_depend_on_threads_or_runs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dim", [50, 384])
 def test_gradients_larger_than_the_caches(dim: int) -> None:
-    """Written by another kind of store: every byte must be there, in whole and in broken cache lines."""
+    """Many units of work, rows that begin within a cache line, holes in the mask: every byte must be there."""
     lengths = [1, 0, 4000, 77] + [25] * (40_000_000 // (25 * 4 * dim))
     grad = torch.randn(len(lengths), dim)
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
