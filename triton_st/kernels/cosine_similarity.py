@@ -8,7 +8,7 @@ from torch import Tensor
 
 from triton_st.kernels.common import dot_precision, launch, padded_width, product_tile
 from triton_st.kernels.products import dot_rows, new_sums, weighted_sum
-from triton_st.kernels.rows import Scaled, Statistics, copy_rows, inverse, project
+from triton_st.kernels.rows import COPY_EXPONENT, Scaled, Statistics, copy_rows, inverse, project
 
 GROUP = 8
 """Row blocks that march together along b, so that b's blocks are still in the L2 cache for the next."""
@@ -72,9 +72,10 @@ def cosine_similarity_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tens
     grad, scaled_a, scaled_b = grad.contiguous(), Scaled(a.contiguous()), Scaled(b.contiguous())
     m, n = grad.shape
     everything = slice(None)
-    unit_a, unit_b = copy_rows(scaled_a, scaled_b, everything, everything, unit=True)
-    width = unit_a.shape[1]
+    a_copy, b_copy = copy_rows(scaled_a, scaled_b, everything, everything)
+    width = a_copy.shape[1]
     a_sums, b_sums = new_sums(a, width, m, n, m), new_sums(b, width, n, m, n)
-    weighted_sum(grad, unit_b, a_sums)
-    weighted_sum(grad, unit_a, b_sums, transposed=True)
-    return project(a_sums, scaled_a), project(b_sums, scaled_b)
+    weight = 2.0**COPY_EXPONENT  # over the norm: between 1/2 and 1, which no half in grad overflows or vanishes by
+    weighted_sum(grad, b_copy, a_sums, norm=scaled_b.norm, weight=weight)
+    weighted_sum(grad, a_copy, b_sums, norm=scaled_a.norm, weight=weight, transposed=True)
+    return project(a_sums, scaled_a, undo=1 / weight), project(b_sums, scaled_b, undo=1 / weight)

@@ -254,7 +254,7 @@ def mnrl_loss_backward(
         q_range = slice(q_first, min(q_first + lines, b))
         for d_first in range(0, m, columns):
             d_range = slice(d_first, min(d_first + columns, m))
-            q_copy, d_copy = copy_rows(q, d, q_range, d_range, unit=False)
+            q_copy, d_copy = copy_rows(q, d, q_range, d_range)
             _, part_documents = _stripes(tile, len(q_copy), len(d_copy), parts)
             launch(
                 _weights_kernel, (triton.cdiv(len(q_copy), tile.rows), parts),

@@ -111,7 +111,7 @@ def _statistics_kernel(
 @triton.jit
 def _write_copy(
     x, copy, power_out, norm_out, block, count,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, row, column = block * BLOCK_R, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     left = count - first
@@ -131,8 +131,6 @@ def _write_copy(
         mask = (row < left)[:, None] & (start + column < D)[None, :]
         value = tl.load(x + row[:, None] * D + column[None, :] + start, mask=mask, other=0).to(tl.float32)
         value = value * power[:, None]
-        if UNIT:
-            value = tl.div_rn(value, tl.broadcast_to(norm[:, None], [BLOCK_R, BLOCK_D]))
         mask = (row < left)[:, None] & (start + column < WIDTH)[None, :]
         at = copy + row[:, None] * WIDTH + column[None, :] + start
         tl.store(at, value.to(copy.dtype.element_ty), mask=mask)
@@ -144,14 +142,14 @@ def _copy_kernel(
     a_copy, b_copy,  # [M, WIDTH], [N, WIDTH]: the same, scaled, then zeros
     a_power, a_norm, b_power, b_norm,  # [M], [M], [N], [N]
     a_count, b_count,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     a_blocks = tl.cdiv(a_count, BLOCK_R)
     if block < a_blocks:
-        _write_copy(a, a_copy, a_power, a_norm, block, a_count, D, WIDTH, BLOCK_R, BLOCK_D, UNIT)
+        _write_copy(a, a_copy, a_power, a_norm, block, a_count, D, WIDTH, BLOCK_R, BLOCK_D)
     else:
-        _write_copy(b, b_copy, b_power, b_norm, block - a_blocks, b_count, D, WIDTH, BLOCK_R, BLOCK_D, UNIT)
+        _write_copy(b, b_copy, b_power, b_norm, block - a_blocks, b_count, D, WIDTH, BLOCK_R, BLOCK_D)
 
 
 @triton.jit
@@ -168,10 +166,11 @@ def _through_norm(
     for _ in range(1, parts):
         at += part_stride
         grad += tl.load(at, mask=mask, other=0)
+    grad *= undo[:, None]
     if other is not None:
         # The row of the positive, kept out of the products: it never meets half precision.
         positive = tl.load(other + offset, mask=mask & (other_weight != 0)[:, None], other=0).to(tl.float32)
-        grad = grad * undo[:, None] - positive * other_power[:, None] * other_weight[:, None]
+        grad -= positive * other_power[:, None] * other_weight[:, None]
     unit = tl.load(x + offset, mask=mask, other=0).to(tl.float32) * power[:, None]
     return grad, tl.div_rn(unit, tl.broadcast_to(norm[:, None], [BLOCK_R, BLOCK_D])), offset, mask
 
@@ -191,10 +190,10 @@ def _project_kernel(
     inside = row < count - first
     power = tl.load(power + first + row, mask=inside, other=0)
     norm = tl.load(norm + first + row, mask=inside, other=1)
-    undo_row = tl.full([BLOCK_R], 1.0, tl.float32)
+    undo_row = tl.zeros([BLOCK_R], tl.float32) + undo
     other_weight = tl.zeros([BLOCK_R], tl.float32)
     if other is not None:
-        undo_row = undo * tl.where(norm < float("inf"), norm, 1.0)
+        undo_row *= tl.where(norm < float("inf"), norm, 1.0)
         paired = row < tl.minimum(count, other_count) - first
         share += first + row
         for _ in range(0, share_parts):
@@ -258,8 +257,8 @@ class Scaled:
         self.power, self.norm = rows.new_empty(2, len(rows), dtype=torch.float32)
 
 
-def copy_rows(a: Scaled, b: Scaled, a_range: slice, b_range: slice, *, unit: bool) -> tuple[Tensor, Tensor]:
-    """Copies of ranges of both sets of rows, their norms in [2^7, 2^8) or 1; fills in power and norm. One launch.
+def copy_rows(a: Scaled, b: Scaled, a_range: slice, b_range: slice) -> tuple[Tensor, Tensor]:
+    """Copies of ranges of both sets of rows, their norms in [2^7, 2^8); fills in power and norm. One launch.
 
     Copies are widened with zeros to `padded_width`.
     """
@@ -273,7 +272,7 @@ def copy_rows(a: Scaled, b: Scaled, a_range: slice, b_range: slice, *, unit: boo
         a=a_rows, b=b_rows, a_copy=a_copy, b_copy=b_copy,
         a_power=a.power[a_range], a_norm=a.norm[a_range], b_power=b.power[b_range], b_norm=b.norm[b_range],
         a_count=len(a_rows), b_count=len(b_rows),
-        D=d, WIDTH=width, BLOCK_R=block_rows, BLOCK_D=block_columns, UNIT=unit, num_warps=4,
+        D=d, WIDTH=width, BLOCK_R=block_rows, BLOCK_D=block_columns, num_warps=4,
     )  # fmt: skip
     return a_copy, b_copy
 
