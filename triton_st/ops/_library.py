@@ -47,16 +47,32 @@ def define(
     torch.library.register_fake(f"triton_st::{name}", checked_fake, lib=LIBRARY)
 
 
-def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give operator `name` its gradient."""
+def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None], *, by: str) -> None:
+    """Give operator `name` its gradient, which `backward` computes with operator `by`; there is no second derivative.
+
+    Without a rule of its own, autograd would take `by` for a constant: a gradient penalty would train on zeros.
+    """
+
+    def refuse(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"triton_st::{name} has no second derivative; triton_st.reference has all of them")
+
     torch.library.register_autograd(f"triton_st::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"triton_st::{by}", refuse, lib=LIBRARY)
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def require_floating(**tensors: Tensor) -> None:
-    """All named tensors hold floating-point numbers of one dtype on one device."""
+    """All named tensors are dense, of one dtype among `DTYPES`, on one device."""
     (first_name, first), *others = tensors.items()
-    if not first.is_floating_point():
-        raise TypeError(f"{first_name} must be a floating-point tensor, got {first.dtype}")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if first.dtype not in DTYPES:
+        raise TypeError(f"{first_name} must be a floating-point tensor of 16, 32 or 64 bits, got {first.dtype}")
     for name, tensor in others:
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name} must have {first_name}'s dtype {first.dtype}, got {tensor.dtype}")

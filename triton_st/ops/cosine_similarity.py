@@ -62,4 +62,4 @@ define(
     check=_check_backward,
     fake=lambda grad, a, b: (a.new_empty(a.shape), b.new_empty(b.shape)),
 )
-differentiable("cosine_similarity", _backward, _setup)
+differentiable("cosine_similarity", _backward, _setup, by="cosine_similarity_backward")

@@ -90,4 +90,4 @@ define(
         documents.new_empty(documents.shape),
     ),
 )
-differentiable("mnrl_loss_forward", _backward, _setup)
+differentiable("mnrl_loss_forward", _backward, _setup, by="mnrl_loss_backward")

@@ -1,0 +1,56 @@
+"""What every operator refuses, before any kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from triton_st import ops
+
+CU_SEQLENS = torch.tensor([0, 1, 4])
+MASK = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+OPERATORS: dict[str, Callable[[Any], Tensor]] = {
+    "masked_mean_pool": lambda x: ops.masked_mean_pool(x.unsqueeze(1).expand(4, 4, 6), MASK),
+    "packed_mean_pool": lambda x: ops.packed_mean_pool(x, CU_SEQLENS),
+    "cosine_similarity": lambda x: ops.cosine_similarity(x, x.detach().flip(0)),
+    "mnrl_loss": lambda x: ops.mnrl_loss(x, x.detach().flip(0)),
+}
+every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS.keys())
+every_function = pytest.mark.parametrize(
+    "operator",
+    [
+        lambda x: ops.masked_mean_pool(x, MASK),
+        lambda x: ops.packed_mean_pool(x, CU_SEQLENS),
+        lambda x: ops.cosine_similarity(x, x),
+        lambda x: ops.mnrl_loss(x, x),
+    ],
+    ids=OPERATORS.keys(),
+)
+
+
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_second_derivative_is_an_error_and_not_zero(operator: Callable[[Any], Tensor], dtype: torch.dtype) -> None:
+    x = torch.randn(4, 6, dtype=dtype, requires_grad=True)
+    value = operator(x).square().sum()
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        (value + gradient.square().sum()).backward()
+
+
+@every_function
+def test_what_is_no_dense_floating_tensor_is_a_type_error(operator: Callable[[Any], Tensor]) -> None:
+    x = torch.randn(4, 6)
+    for wrong, got in [
+        (x.int(), "torch.int32"),
+        (x.to(torch.complex64), "torch.complex64"),
+        (x.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (x.to_sparse(), "torch.sparse_coo"),
+        (None, "NoneType"),
+    ]:
+        with pytest.raises(TypeError, match=f"must be a .*got .*{got}"):
+            operator(wrong)
