@@ -58,6 +58,66 @@ def test_encode_writes_what_the_model_says(trained: Path, tmp_path: Path) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
 
 
+def test_encode_ends_a_line_only_at_a_newline(trained: Path, tmp_path: Path) -> None:
+    from triton_st import SentenceTransformer
+
+    inner = "\x0b \x0c \x1c \x85 \u2028 \r"
+    source, target = tmp_path / "texts.txt", tmp_path / "out.npy"
+    source.write_bytes(f"\ufeffA cat sleeps.\r\na{inner}b\n\r\nlast".encode())
+    model = str(trained / "final")
+    assert main(["encode", model, str(source), str(target), "--no-progress"]) == 0
+    expected = SentenceTransformer(model).encode(["A cat sleeps.", f"a{inner}b", "", "last"])
+    np.testing.assert_array_equal(np.load(target), expected)
+
+
+def test_encode_finds_an_output_that_cannot_be_written_before_it_loads_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.npy").mkdir()
+    (tmp_path / "texts.txt").write_text("one\n")
+    for target in ("folder.npy", "absent/out.npy"):
+        arguments = ["encode", str(tmp_path / "no model"), str(tmp_path / "texts.txt"), str(tmp_path / target)]
+        fails(arguments, capsys, "cannot write to", target)
+
+
+def test_metrics_that_are_not_defined_are_null_in_json(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("score,sentence1,sentence2\n1,a,a\n1,a,a\n")
+    assert main(["evaluate", str(trained / "final"), "--sts", str(pairs), "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert set(json.loads(printed[printed.index("{") :]).values()) == {None}
+
+
+def test_train_on_pairs_without_neighbours(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("score,sentence1,sentence2\n1,a,a\n1,a,a\n")
+    sts = ["--sts-dev", str(pairs), "--sts-test", str(pairs)]
+    assert main(["train", *TINY, *sts, "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    after = json.loads((tmp_path / "run" / "metrics.json").read_text(), parse_constant=pytest.fail)["after"]
+    assert set(after["dev"].values()) == {None}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
+@pytest.mark.parametrize("flag", ["--max-train-samples", "--hidden-size", "--num-attention-heads", "--max-seq-length"])
+def test_sizes_are_positive_whole_numbers(
+    flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", f"{flag}={value}", "--output-dir", str(tmp_path / "run")])
+    assert f"argument {flag}: expected a whole number of at least 1, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("learning_rate", "nan"), ("seed", str(10**20)), ("warmup_steps", "-1")])
+def test_wrong_settings_fail_before_anything_is_written(
+    flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", f"--{flag.replace('_', '-')}={value}", "--output-dir", str(tmp_path / "run")]
+    fails(arguments, capsys, f"`{flag}`: expected", value[:2])
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluate_prints_json(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(trained / "final"), "--json"]) == 0
     printed = capsys.readouterr().out

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import math
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,6 +25,13 @@ SIMILARITIES = ("cosine", "manhattan", "euclidean", "dot")
 
 class CommandError(Exception):
     """A mistake in what the user asked for; shown as one line, without a traceback."""
+
+
+def _positive(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    if not text.lstrip("+").isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -44,19 +54,19 @@ def _add_train(commands: Any) -> None:
         metavar="FILE|HUB_ID",
         help="JSONL, CSV or Parquet with columns anchor, positive[, negative ...]; default: synthetic triplets",
     )
-    data.add_argument("--max-train-samples", type=int, metavar="N", help="use the first N rows only")
+    data.add_argument("--max-train-samples", type=_positive, metavar="N", help="use the first N rows only")
     data.add_argument("--eval-file", metavar="FILE|HUB_ID", help="like --train-file, for a validation loss")
     data.add_argument("--sts-dev", metavar="FILE", help="CSV with score (0-5), sentence1, sentence2")
     data.add_argument("--sts-test", metavar="FILE", help="the same; evaluated before and after training")
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="FOLDER|HUB_ID", help="fine-tune this model; default: train one from scratch")
-    model.add_argument("--vocab-size", type=int, default=2000, help="WordPiece vocabulary (from scratch)")
-    model.add_argument("--hidden-size", type=int, default=50, help="from scratch")
-    model.add_argument("--num-hidden-layers", type=int, default=4, help="from scratch")
-    model.add_argument("--num-attention-heads", type=int, default=5, help="from scratch")
-    model.add_argument("--intermediate-size", type=int, default=200, help="from scratch")
+    model.add_argument("--vocab-size", type=_positive, default=2000, help="WordPiece vocabulary (from scratch)")
+    model.add_argument("--hidden-size", type=_positive, default=50, help="from scratch")
+    model.add_argument("--num-hidden-layers", type=_positive, default=4, help="from scratch")
+    model.add_argument("--num-attention-heads", type=_positive, default=5, help="from scratch")
+    model.add_argument("--intermediate-size", type=_positive, default=200, help="from scratch")
     model.add_argument("--dropout", type=float, default=0.1, help="hidden and attention dropout (from scratch)")
-    model.add_argument("--max-seq-length", type=int, default=512, help="longest sequence in tokens")
+    model.add_argument("--max-seq-length", type=_positive, default=512, help="longest sequence in tokens")
     training = parser.add_argument_group("training")
     training.add_argument("--per-device-train-batch-size", "--batch-size", type=int, default=128, metavar="N")
     training.add_argument("--num-train-epochs", "--epochs", type=float, default=1, metavar="N")
@@ -159,6 +169,29 @@ def _train(args: argparse.Namespace) -> None:
     from triton_st.synthetic import synthetic_triplets
     from triton_st.training import SentenceTransformerTrainer
 
+    arguments = recipes.arguments(  # first of all: a wrong number is found before anything is read or written
+        args.output_dir,
+        **{
+            name: getattr(args, name)
+            for name in (
+                "per_device_train_batch_size",
+                "num_train_epochs",
+                "max_steps",
+                "learning_rate",
+                "warmup_steps",
+                "lr_scheduler_type",
+                "weight_decay",
+                "max_grad_norm",
+                "fp16",
+                "bf16",
+                "seed",
+                "eval_steps",
+                "logging_steps",
+                "save_steps",
+            )
+        },
+        disable_tqdm=args.no_progress,
+    )
     output_dir = Path(args.output_dir)
     _prepare_output(output_dir, overwrite=args.overwrite_output_dir, resume=args.resume)
     if args.train_file:
@@ -171,29 +204,7 @@ def _train(args: argparse.Namespace) -> None:
     test_before = evaluators["test"](model, epoch=0, steps=0)
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=recipes.arguments(
-            str(output_dir),
-            **{
-                name: getattr(args, name)
-                for name in (
-                    "per_device_train_batch_size",
-                    "num_train_epochs",
-                    "max_steps",
-                    "learning_rate",
-                    "warmup_steps",
-                    "lr_scheduler_type",
-                    "weight_decay",
-                    "max_grad_norm",
-                    "fp16",
-                    "bf16",
-                    "seed",
-                    "eval_steps",
-                    "logging_steps",
-                    "save_steps",
-                )
-            },
-            disable_tqdm=args.no_progress,
-        ),
+        args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         loss=losses.MultipleNegativesRankingLoss(model, scale=args.scale),
@@ -237,7 +248,18 @@ def _write_metrics(path: Path, results: BeforeAfter) -> None:
         when: {split: {name: _metric(rows[i], split, name) for name in METRICS} for split, rows in results.items()}
         for i, when in enumerate(("before", "after"))
     }
-    path.write_text(json.dumps(table, indent=2) + "\n")
+    path.write_text(_strict_json(table) + "\n")
+
+
+def _strict_json(table: Any) -> str:
+    """Nested numbers as JSON, which has no NaN: null stands for a metric that is not defined."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(entry) for key, entry in value.items()}
+        return value if math.isfinite(value) else None
+
+    return json.dumps(finite(table), indent=2, allow_nan=False)
 
 
 def _print_neighbours(model: SentenceTransformer, queries: Sequence[str], corpus: Sequence[str], count: int) -> None:
@@ -247,8 +269,9 @@ def _print_neighbours(model: SentenceTransformer, queries: Sequence[str], corpus
     scores = model.similarity(model.encode(chosen), model.encode(candidates))
     print("\nnearest neighbours")
     for query, row in zip(chosen, scores, strict=True):
-        best = next(i for i in row.argsort(descending=True).tolist() if candidates[i] != query)
-        print(f"  {query}\n  -> {row[best]:.3f}  {candidates[best]}")
+        best = next((i for i in row.argsort(descending=True).tolist() if candidates[i] != query), None)
+        if best is not None:
+            print(f"  {query}\n  -> {row[best]:.3f}  {candidates[best]}")
 
 
 # --- encode, evaluate, build, info ------------------------------------------------------------------------------------
@@ -258,13 +281,14 @@ def _add_encode(commands: Any) -> None:
     parser = commands.add_parser(
         "encode",
         help="embed the lines of a text file into a .npy matrix",
-        description="Reads one text per line (UTF-8) and writes a float32 matrix [lines, dim] as .npy.",
+        description="Reads one text per line (UTF-8; only a newline ends a line, and an empty line is an empty text) "
+        "and writes a float32 matrix [lines, dim] as .npy.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub id")
     parser.add_argument("input", metavar="TEXTS", help="text file, or - for standard input")
     parser.add_argument("output", metavar="OUT.npy", help="where the matrix goes; written whole or not at all")
-    parser.add_argument("--batch-size", type=int, default=128, help="texts a batch, at the length of the longest")
+    parser.add_argument("--batch-size", type=_positive, default=128, help="batch size in texts of 64 tokens")
     parser.add_argument("--normalize", action="store_true", help="scale every embedding to length 1")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=_encode)
@@ -273,32 +297,41 @@ def _add_encode(commands: Any) -> None:
 def _encode(args: argparse.Namespace) -> None:
     import numpy as np
 
+    from triton_st.data import decoded_lines
     from triton_st.sentence_transformer import SentenceTransformer
 
     if Path(args.output).suffix != ".npy":
         raise CommandError(f"the output must end in .npy, got {args.output}")
-    raw = sys.stdin.buffer.read() if args.input == "-" else Path(args.input).read_bytes()
-    texts = []
-    for number, line in enumerate(raw.splitlines(), 1):
-        try:
-            texts.append(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise CommandError(f"{args.input}, line {number}: not valid UTF-8 ({error.reason})") from error
-    model = SentenceTransformer(args.model)
-    embeddings = model.encode(
-        texts,
-        batch_size=args.batch_size,
-        normalize_embeddings=args.normalize,
-        show_progress_bar=not args.no_progress,
-    )
-    partial = Path(args.output).with_suffix(".npy.partial")
+    with contextlib.nullcontext(sys.stdin.buffer) if args.input == "-" else open(args.input, "rb") as lines:
+        name = "standard input" if args.input == "-" else args.input
+        texts = [line.removesuffix("\n").removesuffix("\r") for line in decoded_lines(lines, name)]
+    with _written_whole(Path(args.output)) as file:
+        embeddings = SentenceTransformer(args.model).encode(
+            texts,
+            batch_size=args.batch_size,
+            normalize_embeddings=args.normalize,
+            show_progress_bar=not args.no_progress,
+        )
+        np.save(file, embeddings)
+    print(f"{args.output}: {embeddings.shape[0]} embeddings of {embeddings.shape[1]} dimensions")
+
+
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place `path` when the block ends well; if it never could, that is said before the block."""
+    if path.is_dir():
+        raise CommandError(f"cannot write to {path}: it is a folder")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            np.save(file, embeddings)
-        partial.replace(args.output)
+        file = partial.open("wb")
+    except OSError as error:
+        raise CommandError(f"cannot write to {path}: {error.strerror}") from error
+    try:
+        with file:
+            yield file
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{args.output}: {embeddings.shape[0]} embeddings of {embeddings.shape[1]} dimensions")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -320,7 +353,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     evaluator = _sts_evaluators(argparse.Namespace(sts_dev=None, sts_test=args.sts))["test"]
     metrics = evaluator(SentenceTransformer(args.model))
     if args.json:
-        print(json.dumps(metrics, indent=2))
+        print(_strict_json(metrics))
         return
     for name, value in metrics.items():
         print(f"{name:<32}{value:>10.4f}")

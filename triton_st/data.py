@@ -29,6 +29,7 @@ __all__ = [
     "LABEL_COLUMNS",
     "DefaultBatchSampler",
     "NoDuplicatesBatchSampler",
+    "decoded_lines",
     "load_sts_dataset",
     "load_training_dataset",
     "train_wordpiece_tokenizer",
@@ -249,16 +250,27 @@ def _open_path_or_hub_id(
         ) from error
 
 
+def decoded_lines(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
+    """The lines of a binary file as text, with their ends; a byte order mark is dropped.
+
+    Only a newline ends a line: text mode would also split at a lone carriage return, `str.splitlines` at form feeds
+    and the separators of Unicode, all of which may stand inside a text.
+
+    Raises:
+        ValueError: a line is not UTF-8, naming it.
+    """
+    for number, raw in enumerate(file, start=1):
+        try:
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}, line {number}: is not UTF-8 ({error.reason}, byte {error.start + 1} of the line)"
+            ) from None
+
+
 def _decoded_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends; ValueError that names the line where it is not UTF-8."""
-    with path.open("rb") as file:  # by bytes: text mode would also split at a lone carriage return, and count it
-        for number, raw in enumerate(file, start=1):
-            try:
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: is not UTF-8 ({error.reason}, byte {error.start + 1} of the line)"
-                ) from None
+    with path.open("rb") as file:
+        yield from decoded_lines(file, path)
 
 
 def _read_jsonl(path: Path, max_samples: int | None) -> tuple[dict[str, list[Any]], list[int]]:
@@ -273,6 +285,8 @@ def _read_jsonl(path: Path, max_samples: int | None) -> tuple[dict[str, list[Any
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{at}: is not JSON ({error.msg} at character {error.pos + 1})") from None
+        except RecursionError:
+            raise ValueError(f"{at}: is nested too deeply for rows of texts") from None
         if not isinstance(row, dict) or not row:
             raise ValueError(f"{at}: expected a JSON object with a string for each column, got {_shown(row)}")
         if not lines:
