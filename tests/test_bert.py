@@ -224,6 +224,22 @@ def test_other_activation_dtypes_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("parameters", "activations"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+    ],
+)
+def test_parameters_of_another_dtype_are_refused(parameters, activations):
+    ours, _ = bert_pair()
+    ours.to(parameters).activation_dtype = activations
+    with pytest.raises(TypeError, match=f"parameters: expected float32 .*, got {parameters}"):
+        ours(**random_batch())
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hidden_act": "relu"}, "config.hidden_act: expected 'gelu' .*, got 'relu'"),
@@ -232,6 +248,11 @@ def test_other_activation_dtypes_are_refused():
             {"position_embedding_type": "relative_key"},
             "position_embedding_type: expected 'absolute', got 'relative_key'",
         ),
+        ({"num_attention_heads": 0}, "config.num_attention_heads: expected at least 1, got 0"),
+        ({"hidden_size": -50}, "config.hidden_size: expected at least 1, got -50"),
+        ({"num_hidden_layers": -1}, "config.num_hidden_layers: expected at least 0, got -1"),
+        ({"hidden_dropout_prob": 1.5}, "config.hidden_dropout_prob: expected a probability, 0 to 1, got 1.5"),
+        ({"attention_probs_dropout_prob": float("nan")}, "attention_probs_dropout_prob: expected a probability"),
         ({"num_attention_heads": 7}, "config.hidden_size: expected a multiple of num_attention_heads = 7, got 50"),
     ],
 )

@@ -199,6 +199,12 @@ class BertModel(nn.Module):
         """Check the batch, and plan what depends on its lengths alone: attention, and positions [T]."""
         if self.activation_dtype not in ACTIVATION_DTYPES:
             raise ValueError(f"activation_dtype: expected one of {ACTIVATION_DTYPES}, got {self.activation_dtype}")
+        parameters = self.embeddings.word_embeddings.weight.dtype
+        if parameters != torch.promote_types(self.activation_dtype, torch.float32):
+            raise TypeError(
+                f"parameters: expected float32 (float64 with activation_dtype float64), got {parameters} with "
+                f"activation_dtype {self.activation_dtype}; half precision is chosen by activation_dtype alone"
+            )
         lengths = check_packed(input_ids, cu_seqlens, max_seqlen)
         longest = max(lengths, default=0)
         if longest > self.config.max_position_embeddings:
@@ -234,6 +240,14 @@ def _check_ids(name: str, ids: Tensor, size: int, limit_name: str) -> None:
 
 
 def _check_config(config: BertConfig) -> None:
+    least = {"num_hidden_layers": 0, "hidden_size": 1, "num_attention_heads": 1, "intermediate_size": 1}
+    least |= {"vocab_size": 1, "max_position_embeddings": 1, "type_vocab_size": 1}
+    for name, smallest in least.items():
+        if getattr(config, name) < smallest:
+            raise ValueError(f"config.{name}: expected at least {smallest}, got {getattr(config, name)}")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"config.{name}: expected a probability, 0 to 1, got {getattr(config, name)}")
     if config.hidden_act != "gelu":
         raise ValueError(f"config.hidden_act: expected 'gelu' (erf), the one that is served, got {config.hidden_act!r}")
     position_type = getattr(config, "position_embedding_type", "absolute")

@@ -44,7 +44,10 @@ def load_encoder(folder: str | Path) -> BertModel:
     model_type = config_fields.get("model_type")
     if model_type not in SERVED_TYPES:
         raise ValueError(f"{config_path}: model type {model_type!r} is not served; served: {', '.join(SERVED_TYPES)}")
-    config = BertConfig.from_dict(config_fields)
+    try:
+        config = BertConfig.from_dict(config_fields)
+    except Exception as error:  # transformers' validation has error types of its own
+        raise ValueError(f"{config_path}: not a BERT configuration ({error})") from error
     state = _canonical(_read_weights(folder))
     with torch.device("meta"):
         model = BertModel(config, add_pooling_layer="pooler.dense.weight" in state)
