@@ -162,7 +162,7 @@ def test_what_is_no_model_is_named(tmp_path, saved):
         SentenceTransformer(tmp_path / "empty")
     with pytest.raises(NotADirectoryError, match=r"config.json is a file; expected a model folder"):
         SentenceTransformer(saved / "config.json")
-    with pytest.raises(TypeError, match="model_name_or_path: expected a folder or a hub id, got NoneType"):
+    with pytest.raises(TypeError, match="model_name_or_path: expected a folder or a hub id, got None;"):
         SentenceTransformer(None)
     (saved / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor pytorch_model.bin"):
@@ -216,6 +216,31 @@ def test_saving_over_a_model_replaces_it_and_keeps_other_files(saved):
     assert (saved / "checkpoint-8").is_dir()
     loaded.save_pretrained(saved)  # onto the very folder it came from
     np.testing.assert_array_equal(SentenceTransformer(saved, device="cpu").encode("cat"), model.encode("cat"))
+
+
+def test_an_empty_working_directory_stays_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_model().save_pretrained(".")
+    assert Path("config.json").is_file()
+
+
+def test_settings_of_the_wrong_kind_are_named(saved):
+    path = saved / "config_sentence_transformers.json"
+    settings = json.loads(path.read_text())
+    for change, message in [
+        ({"prompts": ["query"]}, r"prompts must be an object of texts by name, got \['query'\]"),
+        ({"truncate_dim": "x"}, "truncate_dim: expected a positive int or None, got 'x'"),
+    ]:
+        path.write_text(json.dumps(settings | change))
+        with pytest.raises(ValueError, match=message):
+            SentenceTransformer(saved, device="cpu")
+    path.write_text(json.dumps(settings))
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"vocab_size": "many"}))
+    with pytest.raises(ValueError, match=r"config.json: not a BERT configuration .*vocab_size"):
+        SentenceTransformer(saved, device="cpu")
+    with pytest.raises(TypeError, match="model_name_or_path: expected a folder or a hub id, got ''"):
+        SentenceTransformer("")
 
 
 def test_a_new_folder_appears_whole(tmp_path):

@@ -123,6 +123,7 @@ def test_any_collection_of_strings(model, wrap):
         (["a", "b", 3.5], r"sentences\[2\]: expected a string, got float"),
         ([["a", "b"]], r"sentences\[0\]: expected a string, got list"),
         (np.array([1, 2]), r"sentences\[0\]: expected a string, got int"),
+        (np.array("the boy"), "sentences: expected a string or strings, got ndarray"),
     ],
 )
 def test_what_is_no_text_is_named(model, texts, message):
@@ -137,13 +138,24 @@ def test_what_is_no_text_is_named(model, texts, message):
         ({"batch_size": 2.5}, "batch_size: expected a positive int, got 2.5"),
         ({"precision": "int8"}, "precision: 'int8' is not served; served: 'float32'"),
         ({"output_value": "cls"}, "output_value: expected one of .*, got 'cls'"),
-        ({"truncate_dim": 0}, "truncate_dim: expected a positive int, got 0"),
+        ({"batch_size": True}, "batch_size: expected a positive int, got True"),
+        ({"truncate_dim": 0}, "truncate_dim: expected a positive int or None, got 0"),
+        ({"truncate_dim": "8"}, "truncate_dim: expected a positive int or None, got '8'"),
         ({"prompt_name": "query"}, r"prompt_name: expected one of \[\], got 'query'"),
     ],
 )
 def test_wrong_arguments_are_named(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.encode(["a"], **arguments)
+
+
+def test_a_prompt_that_is_no_text_is_named(model):
+    with pytest.raises(TypeError, match="prompt: expected a string, got int"):
+        model.encode(["a"], prompt=3)
+
+
+def test_batch_size_may_be_numpys(model):
+    np.testing.assert_array_equal(model.encode(["the boy"], batch_size=np.int64(4)), model.encode(["the boy"]))
 
 
 def test_lone_surrogates_are_replaced(minilm):

@@ -82,9 +82,9 @@ class SentenceTransformer(nn.Module):
         truncate_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model_name_or_path, (str, Path)):
+        if not isinstance(model_name_or_path, (str, Path)) or not str(model_name_or_path):
             raise TypeError(
-                f"model_name_or_path: expected a folder or a hub id, got {type(model_name_or_path).__name__}; "
+                f"model_name_or_path: expected a folder or a hub id, got {model_name_or_path!r}; "
                 "SentenceTransformer.from_encoder builds a new model"
             )
         folder = find_folder(
@@ -184,6 +184,15 @@ class SentenceTransformer(nn.Module):
         if not isinstance(value, int) or not least <= value <= most:
             raise ValueError(f"max_seq_length: expected an int from {least} to {most}, got {value!r}")
         self._max_seq_length = value
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """How many dimensions `encode` keeps; None: all."""
+        return self._truncate_dim
+
+    @truncate_dim.setter
+    def truncate_dim(self, value: int | None) -> None:
+        self._truncate_dim = _checked_truncate_dim(value)
 
     @property
     def similarity_fn_name(self) -> str:
@@ -309,15 +318,13 @@ class SentenceTransformer(nn.Module):
             TypeError: an entry is no string, naming its index.
             ValueError: an argument out of range or not served, or an unknown prompt name.
         """
-        if not isinstance(batch_size, int) or batch_size <= 0:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size <= 0:
             raise ValueError(f"batch_size: expected a positive int, got {batch_size!r}")
         if precision != "float32":
             raise ValueError(f"precision: {precision!r} is not served; served: 'float32'")
         if output_value not in _OUTPUTS:
             raise ValueError(f"output_value: expected one of {', '.join(_OUTPUTS)}, got {output_value!r}")
-        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
-        if truncate_dim is not None and truncate_dim <= 0:
-            raise ValueError(f"truncate_dim: expected a positive int, got {truncate_dim}")
+        truncate_dim = self.truncate_dim if truncate_dim is None else _checked_truncate_dim(truncate_dim)
         if show_progress_bar is None:
             show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
         if device is not None:
@@ -345,6 +352,8 @@ class SentenceTransformer(nn.Module):
         return embeddings if single else list(embeddings)
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str | None:
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
         if prompt is not None:
             return prompt
         name = self.default_prompt_name if prompt_name is None else prompt_name
@@ -448,13 +457,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             model.train()
 
 
+def _checked_truncate_dim(value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"truncate_dim: expected a positive int or None, got {value!r}")
+    return value
+
+
 def _checked_texts(texts: Iterable[Any]) -> list[str]:
     """Texts as a list of str; TypeError names the index of what is none."""
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-        raise TypeError(f"sentences: expected a string or strings, got {type(texts).__name__}")
-    if isinstance(texts, np.ndarray):
+    if isinstance(texts, np.ndarray) and texts.ndim:
         texts = texts.tolist()  # to Python's str at once
-    checked = list(texts) if isinstance(texts, Iterable) else [texts]
+    # What is still an array has no dimension: it is one text, as a string is.
+    if isinstance(texts, (str, bytes, np.ndarray)) or not isinstance(texts, Iterable):
+        raise TypeError(f"sentences: expected a string or strings, got {type(texts).__name__}")
+    checked = list(texts)
     for i, text in enumerate(checked):
         if not isinstance(text, str):
             raise TypeError(f"sentences[{i}]: expected a string, got {type(text).__name__}")

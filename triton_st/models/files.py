@@ -30,8 +30,8 @@ def write_json(path: Path, fields: object) -> None:
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """Give a temporary folder to write into; on success its files take their places in `folder`, on failure none does.
 
-    A new or empty `folder` appears in one rename. In one that exists, files of the same name are replaced one by one,
-    each in one rename, once all have been written; its other files stay.
+    A new `folder` appears in one rename. In one that exists, files of the same name are replaced one by one, each in
+    one rename, once all have been written; its other files stay.
 
     Raises:
         OSError: `folder` cannot be written, naming it and why; nothing of it was touched.
@@ -53,10 +53,10 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         raise type(error)(f"cannot write to {folder}: {error.strerror or error}") from error
     try:
         yield temporary
-        try:
-            temporary.rename(target)
-        except OSError:  # it exists and is not empty
+        if target.exists():  # the folder itself stays, even when empty: it may be somebody's working directory
             _move_files(temporary, target)
+        else:
+            temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

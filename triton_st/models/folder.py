@@ -90,7 +90,7 @@ def _modules(path: Path) -> list[tuple[str, str]]:
     """(path, class name) of each module; the class is known by its last name, whatever package path wrote it."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        return [(entry["path"], entry["type"].rsplit(".", 1)[-1]) for entry in entries]
+        return [(str(entry["path"]), entry["type"].rsplit(".", 1)[-1]) for entry in entries]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected a JSON list of modules with path and type ({error})") from error
 
@@ -141,6 +141,8 @@ def _read_normalize(folder: Path, path: str, config: FolderConfig) -> None:
 def _read_model_config(folder: Path, config: FolderConfig) -> None:
     settings = _optional_json(folder / "config_sentence_transformers.json")
     prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict):
+        raise ValueError(f"{folder}: prompts must be an object of texts by name, got {prompts!r}")
     config.prompts = {name: text or "" for name, text in prompts.items()}
     config.default_prompt_name = settings.get("default_prompt_name")
     config.similarity_fn_name = settings.get("similarity_fn_name")
