@@ -99,9 +99,9 @@ def test_settings_and_citation(models):
     assert "oord2019representation" in loss.citation
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_scale_must_be_positive(models, scale):
-    with pytest.raises(ValueError, match="scale: expected a positive number"):
+    with pytest.raises(ValueError, match="scale: expected a finite positive number"):
         losses.MultipleNegativesRankingLoss(models[0], scale=scale)
 
 

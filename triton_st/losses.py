@@ -30,7 +30,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         similarity_fct: [B, D], [M, D] -> [B, M]. `util.cos_sim` is fused; any other callable runs in plain PyTorch.
 
     Raises:
-        ValueError: `scale` is not positive.
+        ValueError: `scale` is not positive and finite. TypeError: `similarity_fct` is not callable.
 
     Reference: https://sbert.net/docs/package_reference/sentence_transformer/losses.html#multiplenegativesrankingloss;
     van den Oord et al., https://arxiv.org/abs/1807.03748; Henderson et al., https://arxiv.org/abs/1705.00652.
@@ -43,8 +43,8 @@ class MultipleNegativesRankingLoss(nn.Module):
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.cos_sim,
     ) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale: expected a positive number, got {scale}")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale: expected a finite positive number, got {scale}")
         if not callable(similarity_fct):
             raise TypeError(f"similarity_fct: expected a callable, got {type(similarity_fct).__name__}")
         self.model = model
