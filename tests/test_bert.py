@@ -177,6 +177,13 @@ def test_compiled_model_equals_eager():
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_inductor_compiles_the_model(minilm_folder):
+    model = load_encoder(minilm_folder)
+    features = {"input_ids": torch.arange(100, 107), "cu_seqlens": torch.tensor([0, 3, 7]).int(), "max_seqlen": 4}
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model)(**features), model(**features), rtol=0, atol=1e-5)
+
+
 def test_dropout_follows_the_seed_and_the_mode():
     ours, _ = bert_pair()
     features = random_batch()

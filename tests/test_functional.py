@@ -162,3 +162,20 @@ def test_buckets_have_least_cost(lengths, bucket_cost):
         attention_module._BUCKET_COST = previous
     assert cost(runs) == min(cost(cuts) for cuts in all_cuts())
     assert [i for start, end in runs for i in range(start, end)] == list(range(len(lengths)))
+
+
+def test_a_second_derivative_is_an_error_and_not_zero():
+    x = torch.randn(5, 6, requires_grad=True)
+    square, ones = torch.randn(6, 6, requires_grad=True), torch.ones(6, requires_grad=True)
+    plan = AttentionPlan.build([2, 3], torch.device("cpu"))
+    functions = [
+        lambda x: linear(x, square, ones),
+        lambda x: feed_forward(x, square, ones, square, ones),
+        lambda x: dropout(x, 0.5),
+        lambda x: dropout_add_layer_norm(x, x, ones, ones, 1e-12),
+        lambda x: packed_attention(x.view(5, 1, 2, 3).expand(5, 3, 2, 3), plan),
+    ]
+    for function in functions:
+        (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()

@@ -105,3 +105,17 @@ def test_normalize_embeddings(dtype):
     expected = torch.ones(6)
     expected[4] = 0
     torch.testing.assert_close(norms, expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("size", [1e-10, 1.0, 1e30])
+def test_unit_length_at_any_size(size):
+    vectors = _vectors(3, 0) * size
+    unit = util.normalize_embeddings(vectors)
+    torch.testing.assert_close(unit.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(util.pairwise_cos_sim(vectors, vectors), torch.ones(3))
+
+
+def test_a_zero_vector_gets_no_gradient():
+    vectors = torch.zeros(1, 4, requires_grad=True)
+    util.normalize_embeddings(vectors).sum().backward()
+    assert vectors.grad.abs().max() == 0

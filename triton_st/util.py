@@ -13,10 +13,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from triton_st import ops
+from triton_st import ops, reference
 
 Embeddings: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 
@@ -104,9 +103,8 @@ def pairwise_manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
 
 
 def normalize_embeddings(embeddings: Tensor) -> Tensor:
-    """Scale vectors [..., D] to unit length; the norm is taken in float32, a zero vector stays zero."""
-    widened = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-    return F.normalize(widened, dim=-1).to(embeddings.dtype)
+    """Scale vectors [..., D] to unit length, at any finite size; in float32. A zero vector stays, with gradient zero."""
+    return reference.normalize(embeddings).to(embeddings.dtype)
 
 
 SIMILARITIES = {

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ONEDNN_WEIGHT_GRADIENT_SIZE = 128 * 1024
@@ -37,6 +38,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _use_onednn(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # torch.compile picks a product by itself, and cannot lower this one at all sizes
+        return False
     return _ONEDNN and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
 
 
@@ -73,6 +76,7 @@ class _Linear(torch.autograd.Function):
         return store(_product(x.to(compute), weight.to(compute), bias.to(compute)), out_dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         compute = _compute_dtype(x)
@@ -116,6 +120,7 @@ class _FeedForward(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, pre, w1, w2 = ctx.saved_tensors
         compute = _compute_dtype(x)
@@ -182,6 +187,7 @@ class _Masked(torch.autograd.Function):
         return (x * mask).mul_(factor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
         return (grads[0] * mask).mul_(ctx.factor), None, None
@@ -213,6 +219,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return store(y, residual.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, mask, total, mean, rstd = ctx.saved_tensors
         grad = grads[0].to(rstd.dtype)
