@@ -125,7 +125,7 @@ def test_copies_have_one_size(size: float, device: torch.device) -> None:
     x = random_rows(5, 50, torch.float32, device) * size
     x[3] = 0
     scaled, other = rows.Scaled(x), rows.Scaled(x[:2])
-    copy, _ = rows.copy_rows(scaled, other, slice(None), slice(None))
+    copy, _ = rows.copy_rows(scaled, other)
     assert copy.shape == (5, common.padded_width(torch.float32, 50))
     assert not copy[3].any()
     assert not copy[:, 50:].any()

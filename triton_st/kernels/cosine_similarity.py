@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -71,11 +72,13 @@ def cosine_similarity_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tens
     """
     grad, scaled_a, scaled_b = grad.contiguous(), Scaled(a.contiguous()), Scaled(b.contiguous())
     m, n = grad.shape
-    everything = slice(None)
-    a_copy, b_copy = copy_rows(scaled_a, scaled_b, everything, everything)
+    a_copy, b_copy = copy_rows(scaled_a, scaled_b)
     width = a_copy.shape[1]
     a_sums, b_sums = new_sums(a, width, m, n, m), new_sums(b, width, n, m, n)
     weight = 2.0**COPY_EXPONENT  # over the norm: between 1/2 and 1, which no half in grad overflows or vanishes by
     weighted_sum(grad, b_copy, a_sums, norm=scaled_b.norm, weight=weight)
     weighted_sum(grad, a_copy, b_sums, norm=scaled_a.norm, weight=weight, transposed=True)
-    return project(a_sums, scaled_a, undo=1 / weight), project(b_sums, scaled_b, undo=1 / weight)
+    grad_a, grad_b = torch.empty_like(scaled_a.rows), torch.empty_like(scaled_b.rows)
+    project(a_sums, scaled_a, grad_a, undo=1 / weight)
+    project(b_sums, scaled_b, grad_b, undo=1 / weight)
+    return grad_a, grad_b

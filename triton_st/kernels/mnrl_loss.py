@@ -10,6 +10,8 @@ cache) is formed once and serves two plain products, one for each gradient: thre
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -241,33 +243,38 @@ def mnrl_loss_backward(
     q, d = Scaled(queries.contiguous()), Scaled(documents.contiguous())
     b, m = len(queries), len(documents)
     dtype = queries.dtype
+    width = padded_width(dtype, queries.shape[1])
     columns = min(m, PANEL_COLUMNS)
-    stride = triton.cdiv(columns, 16) * 16  # 16-byte lines
-    lines = min(b, PANEL_BYTES // (stride * dtype.itemsize))
+    stride = triton.cdiv(columns, 16) * 16  # lines and panels begin at multiples of 16 bytes
+    lines = min(b, PANEL_BYTES // (stride * dtype.itemsize) // 16 * 16)
     tile = product_tile(dtype, lines, columns)
     parts, _ = _stripes(tile, lines, columns)
-    share = queries.new_zeros(parts, b, dtype=torch.float32)
     weights = queries.new_empty(lines, stride)
-    width = padded_width(dtype, queries.shape[1])
-    q_sums, d_sums = new_sums(queries, width, lines, columns, b), new_sums(queries, width, columns, lines, m)
+    share = queries.new_zeros(parts, b, dtype=torch.float32)
+    q_sums, d_sums = new_sums(queries, width, lines, columns, lines), new_sums(queries, width, columns, lines, m)
+    grad_q, grad_d = torch.empty_like(q.rows), torch.empty_like(d.rows)
+    gradient = functools.partial(project, grad_loss=grad_loss, coefficient=scale / b, undo=1 / WEIGHT_SCALE)
     for q_first in range(0, b, lines):
         q_range = slice(q_first, min(q_first + lines, b))
+        panel_q, panel_share = q[q_range], share[:, q_range]
         for d_first in range(0, m, columns):
             d_range = slice(d_first, min(d_first + columns, m))
-            q_copy, d_copy = copy_rows(q, d, q_range, d_range)
+            panel_d = d[d_range]
+            q_copy, d_copy = copy_rows(panel_q, panel_d)
             _, part_documents = _stripes(tile, len(q_copy), len(d_copy), parts)
             launch(
                 _weights_kernel, (triton.cdiv(len(q_copy), tile.rows), parts),
-                queries=q_copy, documents=d_copy, q_norm=q.norm[q_range], d_norm=d.norm[d_range],
-                logsumexp=logsumexp[q_range], weights=weights, share=share[:, q_range], scale=scale,
-                weight_scale=WEIGHT_SCALE,
-                q_first=q_first, d_first=d_first, q_count=len(q_copy), d_count=len(d_copy),
-                part_documents=part_documents, share_rows=b, stride=stride, depth=width,
+                queries=q_copy, documents=d_copy, q_norm=panel_q.norm, d_norm=panel_d.norm,
+                logsumexp=logsumexp[q_range], weights=weights, share=panel_share,
+                scale=scale, weight_scale=WEIGHT_SCALE, q_first=q_first, d_first=d_first,
+                q_count=len(q_copy), d_count=len(d_copy), part_documents=part_documents,
+                share_rows=b, stride=stride, depth=width,
                 D=width, BLOCK_Q=tile.rows, BLOCK_M=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(dtype),
                 **tile.options,
             )  # fmt: skip
             panel = weights[: len(q_copy), : len(d_copy)]
-            weighted_sum(panel, d_copy, q_sums[:, q_range], accumulate=d_first > 0)
+            weighted_sum(panel, d_copy, q_sums[:, : len(q_copy)], accumulate=d_first > 0)
             weighted_sum(panel, q_copy, d_sums[:, d_range], transposed=True, accumulate=q_first > 0)
-    options = {"share": share, "grad_loss": grad_loss, "coefficient": scale / b, "undo": 1 / WEIGHT_SCALE}
-    return project(q_sums, q, partner=d, **options), project(d_sums, d, partner=q, **options)
+        gradient(q_sums, panel_q, grad_q[q_range], partner=d[q_range], share=panel_share)
+    gradient(d_sums, d, grad_d, partner=q, share=share)
+    return grad_q, grad_d

@@ -175,15 +175,15 @@ def _through_norm(
     return grad, tl.div_rn(unit, tl.broadcast_to(norm[:, None], [BLOCK_R, BLOCK_D])), offset, mask
 
 
-@triton.jit(do_not_specialize=["count", "parts", "other_count", "share_parts"])
+@triton.jit(do_not_specialize=["count", "parts", "part_rows", "other_count", "share_parts", "share_stride"])
 def _project_kernel(
-    sums,  # [parts, count, WIDTH ≥ D] float32: gradient of the unit rows, in parts
+    sums,  # [parts, part_rows ≥ count, WIDTH ≥ D] float32: gradient of the unit rows, in parts
     x, power, norm, out,  # [count, D], [count], [count], [count, D]
     other, other_power, other_norm,  # each row's partner in a positive pair: [other_count ≤ count, D], or None
-    share,  # [share_parts, other_count]: probability that a pair's query gives to other documents, in parts
+    share,  # [share_parts, other_count], lines share_stride apart: probability that a pair's query gives to others
     grad_loss,  # [] or None
     coefficient, undo,
-    count, parts, other_count, share_parts,
+    count, parts, part_rows, other_count, share_parts, share_stride,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, row = tl.program_id(0) * BLOCK_R, tl.arange(0, BLOCK_R)
@@ -198,7 +198,7 @@ def _project_kernel(
         share += first + row
         for _ in range(0, share_parts):
             other_weight += tl.load(share, mask=paired, other=0)
-            share += other_count
+            share += share_stride
         other_weight = tl.div_rn(other_weight, tl.load(other_norm + first + row, mask=paired, other=1))
         other_power = tl.load(other_power + first + row, mask=paired, other=0)
         other += first.to(tl.int64) * D
@@ -206,7 +206,7 @@ def _project_kernel(
     sums += first.to(tl.int64) * WIDTH
     x += first.to(tl.int64) * D
     out += first.to(tl.int64) * D
-    part_stride = tl.cast(count, tl.int64) * WIDTH
+    part_stride = tl.cast(part_rows, tl.int64) * WIDTH
     radial = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         grad, unit, offset, mask = _through_norm(
@@ -256,13 +256,18 @@ class Scaled:
         self.rows = rows
         self.power, self.norm = rows.new_empty(2, len(rows), dtype=torch.float32)
 
+    def __getitem__(self, part: slice) -> Scaled:
+        view = object.__new__(Scaled)
+        view.rows, view.power, view.norm = self.rows[part], self.power[part], self.norm[part]
+        return view
 
-def copy_rows(a: Scaled, b: Scaled, a_range: slice, b_range: slice) -> tuple[Tensor, Tensor]:
-    """Copies of ranges of both sets of rows, their norms in [2^7, 2^8); fills in power and norm. One launch.
+
+def copy_rows(a: Scaled, b: Scaled) -> tuple[Tensor, Tensor]:
+    """Copies of both sets of rows, their norms in [2^7, 2^8); fills in power and norm. One launch.
 
     Copies are widened with zeros to `padded_width`.
     """
-    a_rows, b_rows = a.rows[a_range], b.rows[b_range]
+    a_rows, b_rows = a.rows, b.rows
     d = a_rows.shape[1]
     width = padded_width(a_rows.dtype, d)
     block_rows, block_columns = _block(width)
@@ -270,7 +275,7 @@ def copy_rows(a: Scaled, b: Scaled, a_range: slice, b_range: slice) -> tuple[Ten
     launch(
         _copy_kernel, (triton.cdiv(len(a_rows), block_rows) + triton.cdiv(len(b_rows), block_rows),),
         a=a_rows, b=b_rows, a_copy=a_copy, b_copy=b_copy,
-        a_power=a.power[a_range], a_norm=a.norm[a_range], b_power=b.power[b_range], b_norm=b.norm[b_range],
+        a_power=a.power, a_norm=a.norm, b_power=b.power, b_norm=b.norm,
         a_count=len(a_rows), b_count=len(b_rows),
         D=d, WIDTH=width, BLOCK_R=block_rows, BLOCK_D=block_columns, num_warps=4,
     )  # fmt: skip
@@ -280,23 +285,32 @@ def copy_rows(a: Scaled, b: Scaled, a_range: slice, b_range: slice) -> tuple[Ten
 def project(
     sums: Tensor,
     x: Scaled,
+    out: Tensor,
     *,
     partner: Scaled | None = None,
     share: Tensor | None = None,
     grad_loss: Tensor | None = None,
     coefficient: float = 1.0,
     undo: float = 1.0,
-) -> Tensor:
-    """Gradient of the rows of x from that of their unit rows, the sum of the parts of `sums` [parts, N, width]."""
-    out = torch.empty_like(x.rows)
+) -> None:
+    """Into out: gradient of the rows of x from that of their unit rows, the sum of the parts of `sums`.
+
+    Args:
+        sums: [parts, at least N, width], times 1 / undo; with partner times 1 / (undo · norm).
+        x: [N, D].
+        out: [N, D], takes coefficient (· grad_loss) times the gradient.
+        partner: row i is the other one of x's i-th positive pair; there may be fewer of them than rows in x.
+        share: [parts, pairs], how much the pair's query gives to other documents.
+        grad_loss: 0-d.
+    """
     count, d = x.rows.shape
+    pairs, share_parts, share_stride = (share.shape[1], len(share), share.stride(0)) if share is not None else (0, 0, 0)
     launch(
         _project_kernel, (triton.cdiv(count, PROJECT_ROWS),),
         sums=sums, x=x.rows, power=x.power, norm=x.norm, out=out,
         other=partner.rows if partner else None, other_power=partner.power if partner else None,
         other_norm=partner.norm if partner else None, share=share, grad_loss=grad_loss,
-        coefficient=coefficient, undo=undo, count=count, parts=len(sums),
-        other_count=0 if share is None else share.shape[1], share_parts=0 if share is None else len(share),
+        coefficient=coefficient, undo=undo, count=count, parts=len(sums), part_rows=sums.shape[1],
+        other_count=pairs, share_parts=share_parts, share_stride=share_stride,
         D=d, WIDTH=sums.shape[2], BLOCK_R=PROJECT_ROWS, BLOCK_D=_block(d)[1], num_warps=4,
     )  # fmt: skip
-    return out
