@@ -103,7 +103,7 @@ def pairwise_manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
 
 
 def normalize_embeddings(embeddings: Tensor) -> Tensor:
-    """Scale vectors [..., D] to unit length, at any finite size; in float32. A zero vector stays, with gradient zero."""
+    """Scale vectors [..., D] of any finite size to length 1, in float32; a zero vector stays and has gradient zero."""
     return reference.normalize(embeddings).to(embeddings.dtype)
 
 
