@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from serving import every_backend, every_dtype, interpreted, serving, threads
 from tolerance import assert_matches_reference
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from triton_st import backend, ops, reference
 
@@ -233,6 +234,22 @@ def test_opcheck(name: str, device: torch.device) -> None:
         torch.library.opcheck(operators.masked_mean_pool.default, (grid.requires_grad_(), mask))
         torch.library.opcheck(operators.packed_mean_pool_backward.default, (grad, cu_seqlens, 5))
         torch.library.opcheck(operators.masked_mean_pool_backward.default, (grad, mask))
+
+
+@every_backend
+def test_past_the_dispatcher_and_through_it(name: str, device: torch.device) -> None:
+    """Eager calls take a shorter way, with the same result; who listens in still sees the operator."""
+    hidden, cu_seqlens = packed([3, 0, 2], 6, torch.float32, device)
+    with serving(name, "packed_mean_pool", device=device):
+        results = []
+        for function in (ops.packed_mean_pool, torch.ops.triton_st.packed_mean_pool):
+            leaf = hidden.clone().requires_grad_()
+            pooled = function(leaf, cu_seqlens)
+            results.append((pooled.detach(), *torch.autograd.grad(pooled.square().sum(), leaf)))
+            assert torch.equal(function(hidden, cu_seqlens), pooled)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        traced = make_fx(ops.packed_mean_pool)(hidden, cu_seqlens)
+    assert "torch.ops.triton_st.packed_mean_pool" in traced.code
 
 
 @every_backend

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from triton_st.ops._library import define, differentiable, require_dims, require_floating
+from triton_st.ops._library import call, define, differentiable, require_dims, require_floating
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or devices do not fit. TypeError: dtypes are not floating or differ.
     """
-    return torch.ops.triton_st.cosine_similarity(a, b)
+    return call("cosine_similarity", a, b)
 
 
 def _check(a: Tensor, b: Tensor) -> None:
@@ -45,7 +44,7 @@ def _check_backward(grad: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.triton_st.cosine_similarity_backward(grad, *ctx.saved_tensors)
+    return call("cosine_similarity_backward", grad, *ctx.saved_tensors)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_st.ops._library import define, differentiable, require_device, require_dims, require_floating
+from triton_st.ops._library import call, define, differentiable, require_device, require_dims, require_floating
 
 
 def masked_mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def masked_mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
     Reference: Reimers & Gurevych, "Sentence-BERT", https://arxiv.org/abs/1908.10084, section 3.
     """
-    return torch.ops.triton_st.masked_mean_pool(hidden, attention_mask)
+    return call("masked_mean_pool", hidden, attention_mask)
 
 
 def packed_mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def packed_mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         ValueError: shapes or devices do not fit; on CPU also if cu_seqlens does not start at 0, descends, or does not
             end at T (on a GPU that check would wait for the device). TypeError: a dtype is not one of the above.
     """
-    return torch.ops.triton_st.packed_mean_pool(hidden, cu_seqlens)
+    return call("packed_mean_pool", hidden, cu_seqlens)
 
 
 def _check_mask(attention_mask: Tensor) -> None:
@@ -106,7 +106,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, total_tokens: int) -> None:
 
 def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (cu_seqlens,) = ctx.saved_tensors
-    return torch.ops.triton_st.packed_mean_pool_backward(grad, cu_seqlens, ctx.total_tokens), None
+    return call("packed_mean_pool_backward", grad, cu_seqlens, ctx.total_tokens), None
 
 
 def _packed_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -117,7 +117,7 @@ def _packed_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> No
 
 def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (attention_mask,) = ctx.saved_tensors
-    return torch.ops.triton_st.masked_mean_pool_backward(grad, attention_mask), None
+    return call("masked_mean_pool_backward", grad, attention_mask), None
 
 
 def _masked_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_st.ops._library import define, differentiable, require_dims, require_floating
+from triton_st.ops._library import call, define, differentiable, require_dims, require_floating
 
 
 def mnrl_loss(queries: Tensor, documents: Tensor, scale: float = 20.0) -> Tensor:
@@ -32,7 +32,7 @@ def mnrl_loss(queries: Tensor, documents: Tensor, scale: float = 20.0) -> Tensor
     References: Henderson et al., https://arxiv.org/abs/1705.00652, and sentence-transformers'
     MultipleNegativesRankingLoss, https://sbert.net/docs/package_reference/sentence_transformer/losses.html
     """
-    return torch.ops.triton_st.mnrl_loss_forward(queries, documents, scale)[0]
+    return call("mnrl_loss_forward", queries, documents, scale)[0]
 
 
 def _check(queries: Tensor, documents: Tensor, scale: float) -> None:
@@ -65,7 +65,7 @@ def _fake(queries: Tensor, documents: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 def _backward(ctx: Any, grad_loss: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor, Tensor, None]:
-    grads = torch.ops.triton_st.mnrl_loss_backward(grad_loss, *ctx.saved_tensors, ctx.scale)
+    grads = call("mnrl_loss_backward", grad_loss, *ctx.saved_tensors, ctx.scale)
     return grads[0], grads[1], None
 
 
