@@ -30,12 +30,16 @@ def call(name: str, *args: Any) -> Any:
     return _implementations[name](*args)
 
 
+# Private to torch: a release that lacks one of them gets the dispatcher always.
+_LISTENERS = [
+    getattr(torch._C, name, lambda: True)
+    for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_are_functorch_transforms_active")
+]
+
+
 def _observed(args: tuple[Any, ...]) -> bool:
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in args)
+    return any(listens() for listens in _LISTENERS) or any(
+        isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in args
     )
 
 
