@@ -108,3 +108,16 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     """Equal up to the rounding of actual's dtype: parity, before anything is timed."""
     tolerance = 8 * torch.finfo(actual.dtype).eps * float(expected.abs().max())
     torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=0, atol=tolerance)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Keep what decides speed; leave out what only names this machine."""
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """Keep the statistics, not every sample."""
+    output_json["commit_info"].pop("branch", None)
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +93,36 @@ def speed() -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"reference_run": reference_run, "parity": parity, "speed": speed}
+def kernels() -> str:
+    """Every operator against its best peer, and its share of this machine's limit."""
+    cases: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for benchmark in _load("bench")["benchmarks"]:
+        info = benchmark["extra_info"]
+        if "ratios" in info:
+            cases.setdefault((info["operator"], info["direction"], info["dtype"]), []).append(info)
+    rows = []
+    for key, infos in cases.items():
+        against_best = [min(info["ratios"].values()) for info in infos]
+        lost = sum(ratio < 1 for ratio in against_best)
+        shares = [info["share_of_limit"] for info in infos if "share_of_limit" in info]
+        spread = f"{min(against_best):.1f} – {statistics.median(against_best):.1f} – {max(against_best):.1f}"
+        rows.append([*key, spread, f"{lost} of {len(infos)}", f"{max(shares):.0%}" if shares else "–"])
+    header = ["operator", "direction", "dtype", "times faster than the best peer: least – median – most"]
+    return (
+        "On a CPU, over sizes from 8 to 65,536 rows, each shape against the fastest of sentence-transformers, PyTorch "
+        "and `torch.compile`; the limit is this machine's memory bandwidth (pooling) or oneDNN's product rate at that "
+        "shape and dtype:\n\n"
+        + _table([*header, "shapes lost", "largest share of the limit"], rows)
+        + "\n\nAll shapes, the lost ones marked: [bench/results](bench/results/README.md). `make bench`"
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "reference_run": reference_run,
+    "parity": parity,
+    "speed": speed,
+    "kernels": kernels,
+}
 
 
 def render(text: str) -> str:

@@ -266,7 +266,8 @@ def _print_neighbours(model: SentenceTransformer, queries: Sequence[str], corpus
     """The nearest sentence of the corpus for a few queries spread over the set."""
     candidates = sorted(set(corpus))
     chosen = list(queries[:: max(1, len(queries) // count)][:count])
-    scores = model.similarity(model.encode(chosen), model.encode(candidates))
+    embeddings = (model.encode(texts, show_progress_bar=False) for texts in (chosen, candidates))
+    scores = model.similarity(*embeddings)
     print("\nnearest neighbours")
     for query, row in zip(chosen, scores, strict=True):
         best = next((i for i in row.argsort(descending=True).tolist() if candidates[i] != query), None)
