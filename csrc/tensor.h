@@ -63,7 +63,14 @@ inline void prefer_huge_pages(void* memory, int64_t bytes) {
 }
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor result = torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+  int64_t strides[4], stride = 1;  // the C interface spares the dispatcher's microsecond
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1)) strides[i] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                         torch::stable::detail::to<int32_t>(
+                                                             torch::stable::detail::from(dtype)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor result(handle);
   prefer_huge_pages(result.mutable_data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
   return result;
 }

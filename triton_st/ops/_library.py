@@ -16,30 +16,37 @@ _implementations: dict[str, Callable[..., Any]] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}
 
 
-def call(name: str, *args: Any) -> Any:
+def call(name: str, *args: Any, checked: bool = False) -> Any:
     """Operator `name` on `args`, past the dispatcher where that only costs time.
+
+    `checked` says that the arguments need no second look: a gradient's are those of the forward pass.
 
     The dispatcher's way through rules written in Python takes 50 µs forward and backward, which is most of the time of
     a small batch. It is needed where someone listens in (torch.compile, functorch, fake or other special tensors).
     """
-    if torch.compiler.is_compiling() or _observed(args):
+    if torch.compiler.is_compiling() or _observed():
         return getattr(torch.ops.triton_st, name)(*args)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+    wants_grad = False
+    for x in args:
+        if type(x) in _TENSORS:
+            wants_grad = wants_grad or x.requires_grad
+        elif type(x) not in _NUMBERS:
+            return getattr(torch.ops.triton_st, name)(*args)
+    if wants_grad and torch.is_grad_enabled():
         function = _functions.get(name)
         return function.apply(*args) if function else getattr(torch.ops.triton_st, name)(*args)
-    return _implementations[name](*args)
+    return backend.kernel(name, args[0])(*args) if checked else _implementations[name](*args)
 
 
-# Private to torch: a release that lacks one of them gets the dispatcher always.
-_LISTENERS = [
-    getattr(torch._C, name, lambda: True)
-    for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_are_functorch_transforms_active")
-]
+_TENSORS = (Tensor, torch.nn.Parameter)
+_NUMBERS = (int, float)
 
 
-def _observed(args: tuple[Any, ...]) -> bool:
-    return any(listens() for listens in _LISTENERS) or any(
-        isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in args
+def _observed() -> bool:
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
     )
 
 

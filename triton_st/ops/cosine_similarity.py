@@ -44,7 +44,7 @@ def _check_backward(grad: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return call("cosine_similarity_backward", grad, *ctx.saved_tensors)
+    return call("cosine_similarity_backward", grad, *ctx.saved_tensors, checked=True)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

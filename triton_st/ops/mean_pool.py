@@ -106,7 +106,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, total_tokens: int) -> None:
 
 def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (cu_seqlens,) = ctx.saved_tensors
-    return call("packed_mean_pool_backward", grad, cu_seqlens, ctx.total_tokens), None
+    return call("packed_mean_pool_backward", grad, cu_seqlens, ctx.total_tokens, checked=True), None
 
 
 def _packed_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -117,7 +117,7 @@ def _packed_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> No
 
 def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (attention_mask,) = ctx.saved_tensors
-    return call("masked_mean_pool_backward", grad, attention_mask), None
+    return call("masked_mean_pool_backward", grad, attention_mask, checked=True), None
 
 
 def _masked_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -65,7 +65,7 @@ def _fake(queries: Tensor, documents: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 def _backward(ctx: Any, grad_loss: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor, Tensor, None]:
-    grads = call("mnrl_loss_backward", grad_loss, *ctx.saved_tensors, ctx.scale)
+    grads = call("mnrl_loss_backward", grad_loss, *ctx.saved_tensors, ctx.scale, checked=True)
     return grads[0], grads[1], None
 
 
