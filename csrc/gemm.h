@@ -56,15 +56,16 @@ inline Vec broadcast(const float* lane) {
 #endif
 }
 
-// c[kRows, kPanel] = (or, onto it, +=) a[kRows, steps] · panel[steps, kPanel].
+// c[kRows, kPanel] = (or, onto it, +=) a[kRows, steps] · panel[steps, kPanel]. The steps are summed from zero and then
+// added: long inner dimensions are summed block by block, which loses far fewer digits than one running sum.
 // Lane (row, step) of a is at row · stride + step, or, kDepthMajor, at step · stride + row.
 template <bool kPaired, bool kDepthMajor, int kRows>
 void tile(const float* a, int64_t a_stride, const float* panel, int64_t steps, float* c, int64_t c_stride, bool onto) {
   Vec sums[kRows][2];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    sums[r][0] = onto ? load(c + r * c_stride) : Vec{};
-    sums[r][1] = onto ? load(c + r * c_stride + kWidth) : Vec{};
+    sums[r][0] = Vec{};
+    sums[r][1] = Vec{};
   }
   // Rows are reached from every third one: x86 adds 0, 1 or 2 strides for nothing, and so few pointers fit registers.
   const float* third[(kRows + 2) / 3];
@@ -84,8 +85,9 @@ void tile(const float* a, int64_t a_stride, const float* panel, int64_t steps, f
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    store(c + r * c_stride, sums[r][0]);
-    store(c + r * c_stride + kWidth, sums[r][1]);
+    float* row = c + r * c_stride;
+    store(row, onto ? load(row) + sums[r][0] : sums[r][0]);
+    store(row + kWidth, onto ? load(row + kWidth) + sums[r][1] : sums[r][1]);
   }
 }
 
