@@ -42,12 +42,15 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 _NUMBERS = (int, float)
 
 
+# Private to torch: a release that lacks one of them gets the dispatcher always.
+_LISTENERS = [
+    getattr(torch._C, name, lambda: True)
+    for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_are_functorch_transforms_active")
+]
+
+
 def _observed() -> bool:
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-    )
+    return any(listens() for listens in _LISTENERS)
 
 
 def define(
