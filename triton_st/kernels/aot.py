@@ -316,8 +316,10 @@ def main(arguments: list[str] | None = None) -> int:
         running = {pool.submit(inspect, job): job for job in todo}
         for done, future in enumerate(as_completed(running), 1):
             reports.append(future.result())
-            print(f"\r{done} of {len(todo)} kernels compiled", end="", file=sys.stderr, flush=True)
-    print(f" in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            if sys.stderr.isatty() or done % 50 == 0 or done == len(todo):
+                end = "\r" if sys.stderr.isatty() and done < len(todo) else "\n"
+                seconds = time.perf_counter() - started
+                print(f"{done} of {len(todo)} kernels compiled, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
     order = {job: i for i, job in enumerate(todo)}
     reports.sort(key=lambda r: (r.job.kernel, order[r.job]))
     _print_table(reports)

@@ -93,21 +93,31 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
-def product_tile(dtype: torch.dtype, rows: int, columns: int, *, aligned: bool = True) -> Tile:
-    """Tile for a product of `rows` × `columns` results; `aligned`: rows of the operands are whole blocks of `depth`.
+def product_tile(dtype: torch.dtype, rows: int, columns: int, *, aligned: bool = True, epilogue: bool = False) -> Tile:
+    """Tile for a product of `rows` × `columns` results.
 
     The small tile gives a batch of 128 queries and 384 documents 24 programs; the large one is taken as soon as it
     fills the GPU. 128 × 128 × 64 halves in 3 stages are 96 KiB of shared memory: within the 99 KiB of sm_86 and sm_89.
-    Ragged rows need an address and a mask for every few bytes, so that the large tile spills on sm_100: they get a
-    smaller one.
     Exact float32 products run on the ordinary units, whose operands sit in registers: small and shallow, and with
     ptxas told how many registers it may take (left alone it stops at 80 for the small tile and spills).
+
+    Args:
+        dtype: of the operands.
+        rows: of the result.
+        columns: of the result.
+        aligned: rows of the operands are whole blocks of `depth`. Ragged rows need an address and a mask for every few
+            bytes, and with them the largest tile spills.
+        epilogue: each result is worked on further. 128 columns then take up to 255 registers and spill on sm_80 and
+            sm_100; with 64 it is 109 on sm_90, so that two blocks share a multiprocessor and one multiplies while the
+            other exponentiates.
     """
     large = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= 96
     if dtype == torch.float32 and dot_precision(dtype) == "ieee":
         return Tile(128, 64, 16, 8, 2) if large and aligned else Tile(64, 32, 16, 4, 2, max_registers=255)
     depth = 32 if dtype == torch.float32 else 64
-    return Tile(128, 128 if aligned else 64, depth, 8, 3) if large else Tile(64, 32, depth, 4, 3)
+    if not large:
+        return Tile(64, 32, depth, 4, 3)
+    return Tile(128, 128 if aligned and not epilogue else 64, depth, 8, 3)
 
 
 def padded_width(dtype: torch.dtype, d: int) -> int:

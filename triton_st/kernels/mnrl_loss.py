@@ -54,7 +54,8 @@ def _negatives(
             pair = (row + pair_offset)[:, None] == (column + start)[None, :]
             positive += tl.sum(tl.where(pair, logits, 0.0), 1)
             logits = tl.where(pair, float("-inf"), logits)
-        logits = tl.where((column < d_left - start)[None, :], logits, float("-inf"))
+        if d_left - start < BLOCK_M:
+            logits = tl.where((column < d_left - start)[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
@@ -182,8 +183,10 @@ def _weights_kernel(
         )  # fmt: skip
         d_factor = inverse(d_norm, BLOCK_M, d_left - start)
         logits = logits * q_factor[:, None] * d_factor[None, :]
+        probability = tl.exp(logits - logsumexp_row[:, None])
         d_inside = (column < d_left - start)[None, :]
-        probability = tl.where(d_inside, tl.exp(logits - logsumexp_row[:, None]), 0.0)
+        if d_left - start < BLOCK_M:
+            probability = tl.where(d_inside, probability, 0.0)
         if (start < pair_offset + BLOCK_Q) & (pair_offset < start + BLOCK_M):
             pair = (row + pair_offset)[:, None] == (column + start)[None, :]
             probability = tl.where(pair, 0.0, probability)
@@ -210,7 +213,8 @@ def mnrl_loss_forward(queries: Tensor, documents: Tensor, scale: float) -> tuple
     queries, documents = queries.contiguous(), documents.contiguous()
     (b, d), m = queries.shape, len(documents)
     rows = Statistics(queries, documents)
-    tile = product_tile(queries.dtype, b, m, aligned=d == padded_width(queries.dtype, d))
+    aligned = d == padded_width(queries.dtype, d)
+    tile = product_tile(queries.dtype, b, m, aligned=aligned, epilogue=True)
     parts, part_documents = _stripes(tile, b, m)
     tops, totals = queries.new_empty(2, parts, b, dtype=torch.float32)
     positives, logsumexp = (queries.new_empty(b, dtype=torch.float32) for _ in range(2))
@@ -247,7 +251,7 @@ def mnrl_loss_backward(
     columns = min(m, PANEL_COLUMNS)
     stride = triton.cdiv(columns, 16) * 16  # lines and panels begin at multiples of 16 bytes
     lines = min(b, PANEL_BYTES // (stride * dtype.itemsize) // 16 * 16)
-    tile = product_tile(dtype, lines, columns)
+    tile = product_tile(dtype, lines, columns, epilogue=True)
     parts, _ = _stripes(tile, lines, columns)
     weights = queries.new_empty(lines, stride)
     share = queries.new_zeros(parts, b, dtype=torch.float32)
