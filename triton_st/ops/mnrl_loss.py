@@ -14,8 +14,8 @@ from triton_st.ops._library import call, define, differentiable, require_dims, r
 def mnrl_loss(queries: Tensor, documents: Tensor, scale: float = 20.0) -> Tensor:
     """Mean over queries of −log softmax(scale · cosine)[positive]; document i is the positive of query i.
 
-    The other documents, hard negatives included, are every query's negatives. The [B, M] matrix of similarities exists
-    neither in the forward nor in the backward pass: both stream over it in tiles, with an exact online log-sum-exp in
+    The other documents, hard negatives included, are every query's negatives. Forward and backward stream over the
+    [B, M] similarities in tiles of at most 32 MiB, however large B and M are, with an exact online log-sum-exp in
     float32, and each gradient runs through the normalisation. A zero row has similarity 0 and gradient 0.
 
     Args:
