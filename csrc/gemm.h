@@ -224,6 +224,10 @@ struct ProductScratch {
 };
 inline thread_local ProductScratch product_scratch;
 
+// Steps of a score's inner dimension that are summed one after the other. In one run of 1,024 the error is four times
+// that of a good library's product; in parts it is no larger, for 2 % of the time.
+inline constexpr int64_t kSumSteps = 128;
+
 // Columns of scores computed at a time: their packed operand stays in the second-level cache.
 inline constexpr int64_t kScoreColumns = 256;
 
@@ -234,6 +238,7 @@ void score_block(Matrix<const T> a, const float* a_power, bool a_unscaled, int64
                  Matrix<const T> b, const float* b_power, Consume&& consume) {
   constexpr bool kPaired = kPairs<T>;
   const int64_t steps = lanes<kPaired>(a.cols), panels = ceil_div(b.rows, kPanel);
+  const int64_t parts = std::max<int64_t>(ceil_div(steps, kSumSteps), 1);
   float* right = product_scratch.right.reserve(panels * kPanel * steps);
   pack_transposed<kPaired>(b, b_power, right);
   float* block = product_scratch.block.reserve(kTileRows * kScoreColumns);
@@ -254,7 +259,11 @@ void score_block(Matrix<const T> a, const float* a_power, bool a_unscaled, int64
     }
     const Tile multiply = tile_of<kPaired, false>(count);
     for (int64_t p = 0; p < panels; ++p) {
-      multiply(left, stride, right + p * kPanel * steps, steps, block + p * kPanel, kScoreColumns, false);
+      const float* panel = right + p * kPanel * steps;
+      for (int64_t k = 0; k < parts; ++k) {
+        const int64_t step = steps * k / parts, count = steps * (k + 1) / parts - step;
+        multiply(left + step, stride, panel + step * kPanel, count, block + p * kPanel, kScoreColumns, k > 0);
+      }
     }
     for (int64_t r = 0; r < count; ++r) consume(first_row + group + r, block + r * kScoreColumns);
   });
