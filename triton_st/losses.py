@@ -22,7 +22,7 @@ class MultipleNegativesRankingLoss(nn.Module):
     """In-batch contrastive loss: each anchor should be nearer to its positive than to every other document.
 
     All columns ride in one packed forward. The documents are the positives, then each column of hard negatives; with
-    the default similarity the loss streams over them and the [B, M] matrix of similarities never exists.
+    the default similarity the loss streams over them, holding a tile of bounded size.
 
     Args:
         model: a `triton_st.SentenceTransformer`.
