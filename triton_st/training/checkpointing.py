@@ -61,9 +61,7 @@ OTHER_ARGUMENTS = (
     "save_strategy",
     "save_steps",
 )
-_LEFTOVER = re.compile(
-    rf"{TEMPORARY}(old-)?checkpoint-\d+|\.{TEMPORARY}checkpoint-\d+\..*"
-)  # the last: save_pretrained's
+_LEFTOVER = re.compile(rf"{TEMPORARY}(old-)?checkpoint-\d+|\..+\.\d+\.tmp")  # the latter: save_pretrained's
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
