@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from triton_st import ops, reference
 
 # batch, length, width: 8 to 65,536 positions, of which about half hold a token.
 SHAPES = [(1, 8, 384), (8, 16, 384), (32, 32, 384), (128, 64, 50), (64, 128, 384), (512, 128, 384), (512, 128, 50)]
-BY_BYTES = 2 << 20  # below this the probe of memory measures calls
+PROBE_BYTES = 2 << 20  # of fewer bytes a probe of memory measures calls
 
 
 def plain(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -29,16 +30,13 @@ def plain(hidden: Tensor, mask: Tensor) -> Tensor:
 compiled = torch.compile(plain, dynamic=True)
 
 
-def memory(tokens: Tensor, written: Tensor | None = None) -> tuple[str, Run] | None:
-    """Reading every token once, and writing a gradient that is already in memory."""
-    bytes_moved = tokens.numel() * tokens.element_size()
-    if bytes_moved < BY_BYTES:
+def memory(read: Iterable[Tensor], written: Iterable[Tensor]) -> tuple[str, Run] | None:
+    """Reading and writing as many bytes as the operator must, in one piece, in memory that is already mapped."""
+    to_read, to_write = (sum(x.numel() * x.element_size() for x in each) // 4 for each in (read, written))
+    if 4 * (to_read + to_write) < PROBE_BYTES:
         return None
-    words = torch.zeros(bytes_moved // 4, device=tokens.device)
-    gradient = None if written is None else torch.empty(written.numel() * written.element_size() // 4)
-    if gradient is None:
-        return "reading the tokens", lambda: words.sum()
-    return "reading the tokens, writing the gradient", lambda: (words.sum(), gradient.fill_(1.0))
+    source, target = torch.zeros(to_read), torch.zeros(to_write)
+    return "reading and writing as many bytes", lambda: (source.sum(), target.fill_(1.0))
 
 
 def batch(
@@ -93,14 +91,18 @@ def test_mean_pool(
     def packed(states: Tensor) -> Tensor:
         return ops.packed_mean_pool(states, cu_seqlens)
 
-    ours, states = (masked, hidden) if layout == "masked" else (packed, tokens)
+    ours, states, layout_tensor = (masked, hidden, mask) if layout == "masked" else (packed, tokens, cu_seqlens)
+    pooled = hidden[:, 0]
+    read, written = [tokens, layout_tensor], [pooled]
+    if train:
+        read, written = [*read, layout_tensor, pooled], [*written, states]
     with torch.set_grad_enabled(train):
         exact = reference.masked_mean_pool(hidden.double(), mask)
         assert_close(ours(states).detach(), exact)
         interleaved(
             training(ours, states) if train else lambda: ours(states),
             peers(mask, shape[2], hidden, train),
-            limit=memory(tokens, states if train else None) if device.type == "cpu" else None,
+            limit=memory(read, written) if device.type == "cpu" else None,
             operator=f"{layout}_mean_pool",
             shape=dict(zip(("batch", "length", "width"), shape, strict=True)),
             dtype=dtype_name(dtype),
