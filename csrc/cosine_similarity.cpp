@@ -26,15 +26,17 @@ Tensor cosine_similarity(const Tensor& a_in, const Tensor& b_in) {
     const Matrix<const T> a = matrix<T>(a_dense), b = matrix<T>(b_dense);
     T* result = data<T>(out);
     const RowScales a_scales(a), b_scales(b);
-    ScoreBlocks(m, n).for_each(a, a_scales.from(0), b, b_scales.from(0), [&](auto i, auto j, auto count, const float* products) {
-      write_cosines(result + i * n + j, products, a_scales.inverse()[i], b_scales.inverse() + j, count);
-    });
+    const float *a_inverse = a_scales.inverse(), *b_inverse = b_scales.inverse();
+    ScoreBlocks(m, n).for_each(a, a_scales.from(0), b, b_scales.from(0),
+                               [&](int64_t i, int64_t j, int64_t count, const float* products) {
+                                 write_cosines(result + i * n + j, products, a_inverse[i], b_inverse + j, count);
+                               });
   });
   return out;
 }
 
-// A few rows of results with a long inner dimension leave threads idle unless that is split too. The split is a matter of
-// the shapes alone; the parts are summed in order.
+// A few rows of results with a long inner dimension leave threads idle unless that is split too. The split is a matter
+// of the shapes alone; the parts are summed in order.
 int64_t depth_parts(int64_t rows, int64_t depth) {
   return rows > 4 * kBlockRows ? 1 : std::max<int64_t>(depth / 8192, 1);
 }
@@ -51,8 +53,8 @@ std::tuple<Tensor, Tensor> cosine_similarity_backward(const Tensor& grad_in, con
     constexpr bool kPaired = kPairs<T>;
     const Matrix<const T> a = matrix<T>(a_dense), b = matrix<T>(b_dense), grad = matrix<T>(grad_dense);
     const RowScales a_scales(a), b_scales(b);
-    // Gradients of the unit rows, one copy for each part of the inner dimension: of a from grad · b̂, of b from gradᵀ · â.
-    // The norm inside the inner dimension multiplies grad as it is packed, so that a half input is not rounded.
+    // Gradients of the unit rows, one copy for each part of the inner dimension: of a from grad · b̂, of b from gradᵀ ·
+    // â. The norm inside the inner dimension multiplies grad as it is packed, so that a half input is not rounded.
     const int64_t width = round_up(d, kPanel), a_parts = depth_parts(m, n), b_parts = depth_parts(n, m);
     const Buffer a_sums(a_parts * m * width), b_sums(b_parts * n * width);
     const int64_t a_blocks = ceil_div(m, kBlockRows), b_blocks = ceil_div(n, kBlockRows);

@@ -1,5 +1,5 @@
-// Matrix products of our own: a register tile, and what packs its operands. Sums are fp32 and their order is a matter of
-// the shapes alone, never of the number of threads or of where a block begins.
+// Matrix products of our own: a register tile, and what packs its operands. Sums are fp32 and their order is a matter
+// of the shapes alone, never of the number of threads or of where a block begins.
 //
 // Operands are packed into 32-bit lanes. A lane holds one fp32 and is one step of the inner dimension; or, where the
 // processor multiplies bf16, a pair of adjacent bf16 and is two (kPairs). fp16 is widened while it is packed.
@@ -16,7 +16,7 @@
 namespace triton_st {
 
 #if defined(TRITON_ST_AVX512)
-inline constexpr int kTileRows = 14;  // 28 accumulators, 2 vectors of the right operand, 1 of the left: 31 of 32 registers
+inline constexpr int kTileRows = 14;  // 28 sums, 2 vectors of the right operand, 1 of the left: 31 of 32 registers
 #else
 inline constexpr int kTileRows = 6;  // 12, 2 and 1: 15 of 16 registers
 #endif
@@ -143,8 +143,8 @@ inline Vec row_lanes(const S* p, int64_t n, Vec factor) {
   }
 }
 
-// Left operand by rows: `rows` of `depth` elements to lanes [rows, stride], each row times its factor, each column times
-// its own; null stands for ones. Writes round_up(lanes, kWidth) of each row.
+// Left operand by rows: `rows` of `depth` elements to lanes [rows, stride], each row times its factor, each column
+// times its own; null stands for ones. Writes round_up(lanes, kWidth) of each row.
 template <bool kPaired, class S>
 void pack_rows(Matrix<const S> source, const float* row_factors, const float* column_factors, float* out,
                int64_t stride) {
@@ -231,8 +231,9 @@ inline constexpr int64_t kSumSteps = 128;
 // Columns of scores computed at a time: their packed operand stays in the second-level cache.
 inline constexpr int64_t kScoreColumns = 256;
 
-// Raw products of rows [first_row, first_row + row_count) of a with the rows of b, both times their power of two, a few rows
-// at a time: consume(i, products) gets those of row i of a, products[j] being with row j of b (b.rows ≤ kScoreColumns).
+// Raw products of rows [first_row, first_row + row_count) of a with the rows of b, both times their power of two, a few
+// rows at a time: consume(i, products) gets those of row i of a, products[j] being with row j of b (b.rows ≤
+// kScoreColumns).
 template <class T, class Consume>
 void score_block(Matrix<const T> a, const float* a_power, bool a_unscaled, int64_t first_row, int64_t row_count,
                  Matrix<const T> b, const float* b_power, Consume&& consume) {
@@ -249,11 +250,12 @@ void score_block(Matrix<const T> a, const float* a_power, bool a_unscaled, int64
   const int64_t packed_stride = round_up(steps, kWidth) + 16;  // no multiple of the cache's period
   float* packed = direct ? nullptr : product_scratch.left.reserve(kTileRows * packed_stride);
   for_row_groups(row_count, [&](int64_t group, int64_t count) {
-    const T* rows = a.row(first_row + group);
+    const int64_t row = first_row + group;
+    const T* rows = a.row(row);
     const float* left = reinterpret_cast<const float*>(rows);
     int64_t stride = a.stride / kElements;
     if (!direct) {
-      pack_rows<kPaired, T>({rows, count, a.cols, a.stride}, a_power + first_row + group, nullptr, packed, packed_stride);
+      pack_rows<kPaired, T>({rows, count, a.cols, a.stride}, a_power + row, nullptr, packed, packed_stride);
       left = packed;
       stride = packed_stride;
     }
@@ -265,15 +267,15 @@ void score_block(Matrix<const T> a, const float* a_power, bool a_unscaled, int64
         multiply(left + step, stride, panel + step * kPanel, count, block + p * kPanel, kScoreColumns, k > 0);
       }
     }
-    for (int64_t r = 0; r < count; ++r) consume(first_row + group + r, block + r * kScoreColumns);
+    for (int64_t r = 0; r < count; ++r) consume(row + r, block + r * kScoreColumns);
   });
 }
 
 // Nanoseconds that the product of [m, k] and [k, n] takes, roughly.
 inline int64_t product_cost(int64_t m, int64_t n, int64_t k) { return m * n * (k + kPanel) / (8 * kWidth); }
 
-// How the scores of m rows with n others are divided among threads: in blocks of columns, and of rows too where there are
-// few of those. Depends on the shapes alone.
+// How the scores of m rows with n others are divided among threads: in blocks of columns, and of rows too where there
+// are few of those. Depends on the shapes alone.
 struct ScoreBlocks {
   ScoreBlocks(int64_t m, int64_t n)
       : m(m),
@@ -282,8 +284,9 @@ struct ScoreBlocks {
         column_blocks(ceil_div(n, columns)),
         row_blocks(std::min(ceil_div(16, std::max<int64_t>(column_blocks, 1)), ceil_div(m, 128))) {}
 
-  // Calls consume(i, j, count, products) for each row i of a and each block of `count` rows of b from j on, on all threads:
-  // products[c], which may be overwritten, is the raw product of row i with row j + c, both times their power of two.
+  // Calls consume(i, j, count, products) for each row i of a and each block of `count` rows of b from j on, on all
+  // threads: products[c], which may be overwritten, is the raw product of row i with row j + c, both times their power
+  // of two.
   template <class T, class Scales, class Consume>
   void for_each(Matrix<const T> a, const Scales& a_scales, Matrix<const T> b, const Scales& b_scales,
                 Consume&& consume) const {

@@ -1,6 +1,6 @@
-// Mean pooling of padded and of packed token states, and its gradient. Both directions move every byte once and are bound
-// by memory. Sums run over pieces of at most kPiece tokens, whatever the number of threads, and pieces are added in order:
-// one long sequence is shared by all threads and the result is the same, bit for bit, on any number of them.
+// Mean pooling of padded and of packed token states, and its gradient. Both directions move every byte once and are
+// bound by memory. Sums run over pieces of at most kPiece tokens, whatever the number of threads, and pieces are added
+// in order: one long sequence is shared by all threads and the result is the same, bit for bit, on any number of them.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -19,8 +19,8 @@ thread_local Buffer scratch, row_list;
 
 // --- sums and means of rows ---
 
-// The processor's own prefetching loses track of several rows read side by side, and knows nothing of the sequence after
-// this one: what comes this many bytes later is asked for by name, which doubles the speed of half precision.
+// The processor's own prefetching loses track of several rows read side by side, and knows nothing of the sequence
+// after this one: what comes this many bytes later is asked for by name, which doubles the speed of half precision.
 constexpr int64_t kPrefetchBytes = 8 << 10;
 
 // sums = (or, kOnto, +=) the rows; the rows `later` are asked for.
@@ -44,7 +44,8 @@ void add_rows(float* sums, const T* const* rows, const T* const* later, int64_t 
   if (i < d) block(i, static_cast<int>(d - i));
 }
 
-// sums[0 … round_up(d, kWidth)) = Σ of n rows, the r-th of which is row_of(r); row_of(n), … is what will be wanted next.
+// sums[0 … round_up(d, kWidth)) = Σ of n rows, the r-th of which is row_of(r); row_of(n), … is what will be wanted
+// next.
 template <class T, class RowOf>
 void sum_rows(float* sums, int64_t n, int64_t d, RowOf&& row_of) {
   const int64_t ahead = ceil_div(kPrefetchBytes, std::max<int64_t>(d * sizeof(T), 1));
@@ -179,7 +180,9 @@ Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
     parallel(ceil_div(total, group), total * piece_bytes / kBytesPerNanosecond, [&](int64_t unit) {
       // All rows of the unit are listed first, so that a piece's end can ask for the next one's beginning.
       const int64_t first = unit * group, last = std::min(first + group, total);
-      const T** rows = reinterpret_cast<const T**>(row_list.reserve(group * kPiece * sizeof(T*) / sizeof(float)));
+      constexpr int64_t kFloats = sizeof(T*) / sizeof(float);
+      const T** rows =
+          reinterpret_cast<const T**>(row_list.reserve(group * std::min(mask.length, kPiece) * kFloats));
       int64_t listed = 0;
       for (int64_t piece = first; piece < last; ++piece) {
         const int64_t b = piece / pieces, begin = piece % pieces * kPiece;
@@ -215,14 +218,18 @@ class Sequences {
   Sequences(const Tensor& cu_seqlens, int64_t tokens) : starts_(cu_seqlens.size(0)) {
     const int64_t stride = cu_seqlens.stride(0);
     const void* source = cu_seqlens.const_data_ptr();
-    const bool wide = cu_seqlens.element_size() == 8;
+    auto copy = [&](const auto* from) {
+      for (int64_t s = 0; s <= count(); ++s) starts_[s] = from[s * stride];
+    };
+    if (cu_seqlens.element_size() == 8) {
+      copy(static_cast<const int64_t*>(source));
+    } else {
+      copy(static_cast<const int32_t*>(source));
+    }
     bool valid = true;
-    for (int64_t s = 0; s <= count(); ++s) {
-      starts_[s] = wide ? static_cast<const int64_t*>(source)[s * stride] : static_cast<const int32_t*>(source)[s * stride];
-      if (s > 0) {
-        valid = valid && starts_[s] >= starts_[s - 1];
-        longest_ = std::max(longest_, starts_[s] - starts_[s - 1]);
-      }
+    for (int64_t s = 0; s < count(); ++s) {
+      valid = valid && length(s) >= 0;
+      longest_ = std::max(longest_, length(s));
     }
     STD_TORCH_CHECK(valid && starts_.front() == 0 && starts_.back() == tokens,
                     "cu_seqlens must ascend from 0 to the number of tokens, ", tokens);
@@ -253,8 +260,9 @@ Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
     const Matrix<const T> input = matrix<T>(hidden);
     T* output = data<T>(out);
     const int64_t padded = round_up(d, kWidth), row_bytes = d * static_cast<int64_t>(sizeof(T)) + 1;
-    // Partial sums of sequences longer than a piece. Their first pieces start more than kPiece apart, and so do any two of
-    // their other pieces, so the piece that starts at token t has slot 2·(t / kPiece), + 1 unless it is a first one, alone.
+    // Partial sums of sequences longer than a piece. Their first pieces start more than kPiece apart, and so do any two
+    // of their other pieces, so the piece that starts at token t has slot 2·(t / kPiece), + 1 unless it is a first one,
+    // alone.
     Buffer partials(sequences.longest() > kPiece ? 2 * ceil_div(tokens, kPiece) * padded : 0);
     auto slot = [&](int64_t token, bool first) {
       return partials.get() + (2 * (token / kPiece) + (first ? 0 : 1)) * padded;
@@ -294,9 +302,9 @@ Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
 
 // --- gradients: every kept token of a sequence gets gradient / count ---
 
-// A row repeated so that a whole cache line of it can be read at every offset below its period. Writing whole lines, not
-// rows, is what keeps narrow rows as fast as wide ones. (Non-temporal stores were measured and are no faster: memory that is
-// new to the process has just been cleared by the system and is in the caches.)
+// A row repeated so that a whole cache line of it can be read at every offset below its period. Writing whole lines,
+// not rows, is what keeps narrow rows as fast as wide ones. (Non-temporal stores were measured and are no faster:
+// memory that is new to the process has just been cleared by the system and is in the caches.)
 template <class T>
 class Share {
  public:

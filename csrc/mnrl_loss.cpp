@@ -1,5 +1,6 @@
-// Multiple negatives ranking loss: cross-entropy of scale · cosine over in-batch documents, streamed. Scores exist a block
-// at a time; the backward pass forms the gradient of a tile of them and multiplies it from both sides before the next.
+// Multiple negatives ranking loss: cross-entropy of scale · cosine over in-batch documents, streamed. Scores exist a
+// block at a time; the backward pass forms the gradient of a tile of them and multiplies it from both sides before the
+// next.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -93,9 +94,9 @@ std::tuple<Tensor, Tensor> mnrl_loss_forward(const Tensor& queries, const Tensor
 // --- backward ---
 //
 // With p = softmax, the gradient of a query's unit row is Σ over j of (p_j − [j is the positive]) · d̂_j, times
-// grad_loss · scale / B. Since p sums to 1, the positive's own coefficient is −Σ over the other j of p_j. It is added up
-// from those and applied apart: 1 − p would lose all digits once the loss is small. The others' coefficients, times both
-// inverse norms so that the inputs can be multiplied as they are, form a tile that is multiplied from both sides.
+// grad_loss · scale / B. Since p sums to 1, the positive's own coefficient is −Σ over the other j of p_j. It is added
+// up from those and applied apart: 1 − p would lose all digits once the loss is small. The others' coefficients, times
+// both inverse norms so that the inputs can be multiplied as they are, form a tile that is multiplied from both sides.
 
 constexpr int64_t kTileColumns = 8192;
 constexpr int64_t kTileElements = 4 << 20;  // 16 MiB of fp32
@@ -163,7 +164,9 @@ class Backward {
   using Coefficient = std::conditional_t<kPaired, BFloat16, float>;
 
   Coefficient* tile_row(int64_t r) const { return reinterpret_cast<Coefficient*>(tile_.get()) + r * stride_; }
-  Matrix<const T> part(Matrix<const T> x, int64_t first, int64_t n) const { return {x.row(first), n, x.cols, x.stride}; }
+  static Matrix<const T> part(Matrix<const T> x, int64_t first, int64_t n) {
+    return {x.row(first), n, x.cols, x.stride};
+  }
 
   // The coefficients of queries [i, i + m) and documents [j, j + n).
   void fill_tile(int64_t i, int64_t m, int64_t j, int64_t n) {
@@ -189,13 +192,13 @@ class Backward {
         const int64_t r = m * unit / q_units, rows = m * (unit + 1) / q_units - r;
         accumulate<T, false>(rows, part(d_, j, n), d_scales_.power() + j, q_sums_.get() + r * width_, width_, j > 0,
                              [&](int64_t k, int64_t depth, float* out, int64_t stride) {
-                               pack_rows<kPaired, Coefficient>({tile_row(r) + k, rows, depth, stride_}, nullptr, nullptr,
-                                                               out, stride);
+                               pack_rows<kPaired, Coefficient>({tile_row(r) + k, rows, depth, stride_}, nullptr,
+                                                               nullptr, out, stride);
                              });
       } else {
         const int64_t c = n * (unit - q_units) / d_units, rows = n * (unit - q_units + 1) / d_units - c;
-        accumulate<T, true>(rows, part(q_, i, m), q_scales_.power() + i, d_sums_.get() + (j + c) * width_, width_, i > 0,
-                            [&](int64_t k, int64_t depth, float* out, int64_t stride) {
+        accumulate<T, true>(rows, part(q_, i, m), q_scales_.power() + i, d_sums_.get() + (j + c) * width_, width_,
+                            i > 0, [&](int64_t k, int64_t depth, float* out, int64_t stride) {
                               pack_depth<kPaired, Coefficient>({tile_row(k) + c, depth, rows, stride_}, nullptr, out,
                                                                kPanel, stride);
                             });

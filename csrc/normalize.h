@@ -13,9 +13,9 @@ namespace triton_st {
 
 inline constexpr float kEps = 1e-12f;  // smallest norm that a row is divided by
 
-// unit row = row · power · inverse. `power` is a power of two that keeps squares from overflowing; it is 1 for all rows but
-// very large and very small ones. `divisor` is the norm of row · power, or what kEps comes to where that is larger, and
-// `inverse` its inverse: 0 for a row of zeros, NaN for a row with an inf or a NaN.
+// unit row = row · power · inverse. `power` is a power of two that keeps squares from overflowing; it is 1 for all rows
+// but very large and very small ones. `divisor` is the norm of row · power, or what kEps comes to where that is larger,
+// and `inverse` its inverse: 0 for a row of zeros, NaN for a row with an inf or a NaN.
 struct RowScale {
   float power, inverse, divisor;
 };
@@ -114,7 +114,8 @@ void project(float* gradient, const T* x, RowScale scale, float gain, T* out, in
     std::fill_n(out, n, T(0.f));
     return;
   }
-  // Divided, not multiplied by the inverse: a unit row that is off by one rounding leaves that much of the radial part in.
+  // Divided, not multiplied by the inverse: a unit row that is off by one rounding leaves that much of the radial part
+  // in.
   const Vec power = splat(scale.power), divisor = splat(scale.divisor);
   auto unit = [&](int64_t i) {
     return (n - i >= kWidth ? load(x + i) : load(x + i, static_cast<int>(n - i))) * power / divisor;

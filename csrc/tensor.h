@@ -1,5 +1,5 @@
-// What every operator needs of torch: typed views of tensors, new tensors, dispatch by dtype, and work shared by threads.
-// Only torch's stable C++ interface is used, so a build outlives the torch release that it was made with.
+// What every operator needs of torch: typed views of tensors, new tensors, dispatch by dtype, and work shared by
+// threads. Only torch's stable C++ interface is used, so a build outlives the torch release that it was made with.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -50,14 +50,15 @@ T* data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// Asks for huge pages under a large piece of memory that has not been touched yet: the system then maps it in a fraction
-// of the time, which for a result that is only written is most of the time.
+// Asks for huge pages under a large piece of memory that has not been touched yet: the system then maps it in a
+// fraction of the time, which for a result that is only written is most of the time.
 inline void prefer_huge_pages(void* memory, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = 2 << 20;
   if (bytes < static_cast<int64_t>(2 * kHugePage)) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, end = (begin + bytes) / kHugePage * kHugePage;
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
   if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
 }
@@ -96,9 +97,9 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // Fewer nanoseconds of work than this are done sooner by one thread than by two.
 inline constexpr int64_t kWorthThreads = 12'000;
 
-// Calls f(unit) for units 0 … units − 1, on all threads if that saves time. Threads take the next unit when they are done
-// with one, so units may differ in cost. Whoever wants results that do not depend on the number of threads lets no unit
-// depend on it either.
+// Calls f(unit) for units 0 … units − 1, on all threads if that saves time. Threads take the next unit when they are
+// done with one, so units may differ in cost. Whoever wants results that do not depend on the number of threads lets no
+// unit depend on it either.
 template <class F>
 void parallel(int64_t units, int64_t nanoseconds, F&& f) {
   const int64_t threads =

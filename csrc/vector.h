@@ -1,6 +1,6 @@
-// Vectors of fp32 as wide as the processor the compiler is told to build for: 16 lanes with AVX-512, 8 with AVX2, else 4
-// (GCC turns those into SSE or NEON). Arithmetic is written with GCC's vector operators, which every width has; only what
-// they lack (conversions of half types, masked tails, sums across lanes) is spelled out per instruction set.
+// Vectors of fp32 as wide as the processor the compiler is told to build for: 16 lanes with AVX-512, 8 with AVX2, else
+// 4 (GCC turns those into SSE or NEON). Arithmetic is written with GCC's vector operators, which every width has; only
+// what they lack (conversions of half types, masked tails, sums across lanes) is spelled out per instruction set.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -50,8 +50,8 @@ inline Vec splat(float x) {
 inline Vec as_floats(Ints x) { return reinterpret_cast<Vec>(x); }
 inline Ints as_ints(Vec x) { return reinterpret_cast<Ints>(x); }
 
-// a · b + c, rounded once where the processor can. The compiler is told not to fuse anything else: the same expression must
-// give the same bits wherever it stands.
+// a · b + c, rounded once where the processor can. The compiler is told not to fuse anything else: the same expression
+// must give the same bits wherever it stands.
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(TRITON_ST_AVX512)
   return _mm512_fmadd_ps(a, b, c);
