@@ -15,17 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.report import table
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 
 def _load(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def reference_run() -> str:
@@ -44,7 +41,7 @@ def reference_run() -> str:
         "NLI triplets) ended in NaN on its model card. Here its loss goes from "
         f"{run['loss_first_10']:.4f} (mean of the first ten steps) to {run['loss_last_10']:.4f} (last ten), and "
         "STS-Benchmark reads:\n\n"
-        + _table(["metric", "dev before", "dev after", "test before", "test after"], rows)
+        + table(["metric", "dev before", "dev after", "test before", "test after"], rows)
         + "\n\n`python -m bench.reference_run --data DATA`"
     )
 
@@ -66,7 +63,7 @@ def parity() -> str:
     return (
         f"Against sentence-transformers' own trainer over {result['runs'][0]['steps']} steps on real NLI data, from "
         "the same weights and batches, dropout 0:\n\n"
-        + _table(header, rows)
+        + table(header, rows)
         + "\n\n`python -m bench.parity_with_st --data DATA`"
     )
 
@@ -86,9 +83,9 @@ def speed() -> str:
     return (
         f"On a CPU with {result['threads']} threads, real NLI texts, both libraries taking turns in one process. One "
         f"step of the reference recipe ({training['tokens']:,} tokens, dropout 0.1):\n\n"
-        + _table(["", "ms a step", "times faster"], rows)
+        + table(["", "ms a step", "times faster"], rows)
         + f"\n\n`encode` of all-MiniLM-L6-v2, fp32, {encoding['texts']:,} texts, tokenising included:\n\n"
-        + _table(["", "texts a second", "times the best of sentence-transformers"], texts)
+        + table(["", "texts a second", "times the best of sentence-transformers"], texts)
         + "\n\n`python -m bench.speed_vs_st --data DATA`"
     )
 
@@ -112,7 +109,7 @@ def kernels() -> str:
         "On a CPU, over sizes from 8 to 65,536 rows, each shape against the fastest of sentence-transformers, PyTorch "
         "and `torch.compile`; the limit is this machine's memory bandwidth (pooling) or oneDNN's product rate at that "
         "shape and dtype:\n\n"
-        + _table([*header, "shapes lost", "largest share of the limit"], rows)
+        + table([*header, "shapes lost", "largest share of the limit"], rows)
         + "\n\nAll shapes, the lost ones marked: [bench/results](bench/results/README.md). `make bench`"
     )
 
