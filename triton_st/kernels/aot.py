@@ -14,12 +14,13 @@ import argparse
 import dataclasses
 import importlib
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
@@ -30,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 from triton_st import kernels
-from triton_st.kernels.common import Launch, recording
+from triton_st.kernels.common import Call, Launch, recording
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,18 @@ ARCHS = (
     Arch("sm_100", GPUTarget("cuda", 100, 32), 232_448, r"\bUTC\w*MMA|\bHMMA\."),
     Arch("gfx942", GPUTarget("hip", "gfx942", 64), 65_536, r"\bv_mfma_\w+"),
 )
-PRODUCTS = {"_similarity_kernel", "_negatives_kernel", "_weights_kernel", "_weighted_sum_kernel"}
-READERS = {"_sum_kernel", "_combine_kernel", "_statistics_kernel", "_copy_kernel", "_project_kernel"}
-WRITERS = {"_spread_kernel"}
-SMALL = {"_loss_kernel"}  # reads a few numbers per query
+TENSOR_CORES, WIDE_LOADS, WIDE_STORES = "tensor cores", "wide loads", "wide stores"
+"""What a kernel's module may promise of it in `PROMISES`; a kernel that reads a few numbers promises nothing."""
+
+_MODULES = [
+    importlib.import_module(f"{kernels.__name__}.{found.name}")
+    for found in pkgutil.iter_modules(kernels.__path__)
+    if found.name != "aot"
+]
+PROMISES: dict[str, tuple[str, ...]] = {
+    kernel: promises for module in _MODULES for kernel, promises in getattr(module, "PROMISES", {}).items()
+}
+"""Of each kernel by name: what its machine code must show (`PROMISES` of the module that it is in)."""
 
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
@@ -112,40 +121,25 @@ class Report:
             found.append(f"{self.spills} spills")
         if self.shared_bytes > job.arch.shared_bytes:
             found.append(f"{self.shared_bytes} bytes of shared memory, {job.arch.name} has {job.arch.shared_bytes}")
-        if job.kernel in PRODUCTS and job.precision != "fp32" and not self.tensor_core:
+        promises = PROMISES.get(job.kernel)
+        if promises is None:
+            return [*found, "promises nothing: list it in its module's PROMISES"]
+        if TENSOR_CORES in promises and job.precision != "fp32" and not self.tensor_core:
             found.append("no tensor-core instruction")
         item = PRECISIONS[job.precision][0].itemsize
         aligned = job.d * item % 16 == 0
-        if aligned and job.kernel in PRODUCTS | READERS and self.load_bits < 128:
+        if aligned and WIDE_LOADS in promises and self.load_bits < 128:
             found.append(f"loads of {self.load_bits} bits at most")
-        if aligned and job.kernel in WRITERS and self.store_bits < 128:
+        if aligned and WIDE_STORES in promises and self.store_bits < 128:
             found.append(f"stores of {self.store_bits} bits at most")
-        if job.kernel not in PRODUCTS | READERS | WRITERS | SMALL:
-            found.append("kernel of unknown kind: list it in triton_st/kernels/aot.py")
         return found
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _calls(dtype: torch.dtype, d: int) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Every launcher, at small sizes (small tiles, split sums) and at large ones."""
-    int32, int64 = torch.int32, torch.int64
-    for b, length in ((2, 512), (4096, 128)):
-        hidden, grad = _meta(b, length, d, dtype=dtype), _meta(b, d, dtype=dtype)
-        mask, cu_seqlens = _meta(b, length, dtype=int64), _meta(b + 1, dtype=int32)
-        yield kernels.masked_mean_pool, (hidden, mask)
-        yield kernels.masked_mean_pool_backward, (grad, mask)
-        yield kernels.packed_mean_pool, (hidden.view(-1, d), cu_seqlens)
-        yield kernels.packed_mean_pool_backward, (grad, cu_seqlens, b * length)
-    for b, m in ((128, 384), (8192, 16384)):
-        queries, documents = _meta(b, d, dtype=dtype), _meta(m, d, dtype=dtype)
-        scalar, logsumexp = _meta(dtype=torch.float32), _meta(b, dtype=torch.float32)
-        yield kernels.cosine_similarity, (queries, documents)
-        yield kernels.cosine_similarity_backward, (_meta(b, m, dtype=dtype), queries, documents)
-        yield kernels.mnrl_loss_forward, (queries, documents, 20.0)
-        yield kernels.mnrl_loss_backward, (scalar, queries, documents, logsumexp, 20.0)
+def calls(dtype: torch.dtype, d: int) -> Iterator[Call]:
+    """Every launcher, at small sizes (small tiles, split sums) and at large ones: the modules' `examples`."""
+    for module in _MODULES:
+        if hasattr(module, "examples"):
+            yield from module.examples(dtype, d)
 
 
 def _job(launch: Launch, precision: str, d: int, arch: Arch) -> Job:
@@ -193,11 +187,11 @@ def jobs(archs: list[Arch], widths: dict[str, tuple[int, ...]]) -> list[Job]:
             try:
                 for d in ds:
                     with recording(arch.target.backend) as launches:
-                        for launcher, arguments in _calls(dtype, d):
+                        for launcher, arguments in calls(dtype, d):
                             launcher(*arguments)
                     for launch in launches:
                         job = _job(launch, precision, d, arch)
-                        if job.kernel in PRODUCTS or (precision, d) in STREAMED:
+                        if TENSOR_CORES in PROMISES.get(job.kernel, ()) or (precision, d) in STREAMED:
                             same = (job.kernel, arch, job.signature, job.constants, job.divisible, job.options)
                             found.setdefault(same, job)
             finally:

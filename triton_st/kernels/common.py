@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,15 @@ class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A launcher and arguments for it, as a module's `examples` gives them to the ahead-of-time check."""
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory, for `examples`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_st.kernels.common import dot_precision, launch, padded_width, product_tile
+from triton_st.kernels.common import Call, dot_precision, launch, meta, padded_width, product_tile
 from triton_st.kernels.products import dot_rows, new_sums, weighted_sum
 from triton_st.kernels.rows import COPY_EXPONENT, Scaled, Statistics, copy_rows, inverse, project
 
@@ -82,3 +84,14 @@ def cosine_similarity_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tens
     project(a_sums, scaled_a, grad_a, undo=1 / weight)
     project(b_sums, scaled_b, grad_b, undo=1 / weight)
     return grad_a, grad_b
+
+
+PROMISES = {"_similarity_kernel": ("tensor cores", "wide loads")}
+
+
+def examples(dtype: torch.dtype, d: int) -> Iterator[Call]:
+    """What the ahead-of-time check compiles."""
+    for m, n in ((128, 384), (8192, 16384)):
+        a, b = meta(m, d, dtype=dtype), meta(n, d, dtype=dtype)
+        yield cosine_similarity, (a, b)
+        yield cosine_similarity_backward, (meta(m, n, dtype=dtype), a, b)

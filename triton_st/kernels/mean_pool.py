@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_st.kernels.common import launch, splits
+from triton_st.kernels.common import Call, launch, meta, splits
 
 BLOCK_TOKENS = 32
 BLOCK_COMBINE = 512
@@ -217,3 +219,21 @@ def packed_mean_pool_backward(grad: Tensor, cu_seqlens: Tensor, total_tokens: in
     """grad [B, D], cu_seqlens [B + 1] -> gradient of hidden [T, D]."""
     grad_hidden = grad.new_empty(total_tokens, grad.shape[1])
     return _pool_backward(grad, cu_seqlens, grad_hidden, 0, total_tokens // max(len(grad), 1), masked=False)
+
+
+PROMISES = {
+    "_sum_kernel": ("wide loads",),
+    "_combine_kernel": ("wide loads",),
+    "_spread_kernel": ("wide stores",),
+}
+
+
+def examples(dtype: torch.dtype, d: int) -> Iterator[Call]:
+    """What the ahead-of-time check compiles."""
+    for b, length in ((2, 512), (4096, 128)):
+        hidden, grad = meta(b, length, d, dtype=dtype), meta(b, d, dtype=dtype)
+        mask, cu_seqlens = meta(b, length, dtype=torch.int64), meta(b + 1, dtype=torch.int32)
+        yield masked_mean_pool, (hidden, mask)
+        yield masked_mean_pool_backward, (grad, mask)
+        yield packed_mean_pool, (hidden.view(-1, d), cu_seqlens)
+        yield packed_mean_pool_backward, (grad, cu_seqlens, b * length)

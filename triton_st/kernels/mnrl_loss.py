@@ -11,13 +11,14 @@ cache) is formed once and serves two plain products, one for each gradient: thre
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_st.kernels.common import Tile, dot_precision, launch, padded_width, product_tile, splits
+from triton_st.kernels.common import Call, Tile, dot_precision, launch, meta, padded_width, product_tile, splits
 from triton_st.kernels.products import dot_rows, new_sums, weighted_sum
 from triton_st.kernels.rows import COPY_EXPONENT, Scaled, Statistics, copy_rows, inverse, project
 
@@ -282,3 +283,19 @@ def mnrl_loss_backward(
         gradient(q_sums, panel_q, grad_q[q_range], partner=d[q_range], share=panel_share)
     gradient(d_sums, d, grad_d, partner=q, share=share)
     return grad_q, grad_d
+
+
+PROMISES = {
+    "_negatives_kernel": ("tensor cores", "wide loads"),
+    "_weights_kernel": ("tensor cores", "wide loads"),
+    "_loss_kernel": (),  # reads a few numbers of each query
+}
+
+
+def examples(dtype: torch.dtype, d: int) -> Iterator[Call]:
+    """What the ahead-of-time check compiles."""
+    for b, m in ((128, 384), (8192, 16384)):
+        queries, documents = meta(b, d, dtype=dtype), meta(m, d, dtype=dtype)
+        scalar, logsumexp = meta(dtype=torch.float32), meta(b, dtype=torch.float32)
+        yield mnrl_loss_forward, (queries, documents, 20.0)
+        yield mnrl_loss_backward, (scalar, queries, documents, logsumexp, 20.0)

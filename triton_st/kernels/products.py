@@ -149,3 +149,6 @@ def weighted_sum(
         TRANSPOSED=transposed, PRECISION=dot_precision(x.dtype), WEIGHT=weight,
         **tile.options,
     )  # fmt: skip
+
+
+PROMISES = {"_weighted_sum_kernel": ("tensor cores", "wide loads")}

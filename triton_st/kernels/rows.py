@@ -314,3 +314,10 @@ def project(
         other_count=pairs, share_parts=share_parts, share_stride=share_stride,
         D=d, WIDTH=sums.shape[2], BLOCK_R=PROJECT_ROWS, BLOCK_D=_block(d)[1], num_warps=4,
     )  # fmt: skip
+
+
+PROMISES = {
+    "_statistics_kernel": ("wide loads",),
+    "_copy_kernel": ("wide loads",),
+    "_project_kernel": ("wide loads",),
+}
