@@ -30,7 +30,7 @@ def call(name: str, *args: Any, checked: bool = False) -> Any:
     for x in args:
         if type(x) in _TENSORS:
             wants_grad = wants_grad or x.requires_grad
-        elif type(x) not in _NUMBERS:
+        elif type(x) not in _PLAIN:
             return getattr(torch.ops.triton_st, name)(*args)
     if wants_grad and torch.is_grad_enabled():
         function = _functions.get(name)
@@ -39,7 +39,7 @@ def call(name: str, *args: Any, checked: bool = False) -> Any:
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)
-_NUMBERS = (int, float)
+_PLAIN = (int, float, bool, type(None), torch.dtype)
 
 
 # Private to torch: a release that lacks one of them gets the dispatcher always.
@@ -58,7 +58,7 @@ def define(
     *,
     check: Callable[..., None],
     fake: Callable[..., Any],
-    check_values: Callable[..., None] | None = None,
+    check_values: Callable[..., object] | None = None,
 ) -> None:
     """Register one operator.
 

@@ -70,7 +70,10 @@ def _check_masked_backward(grad: Tensor, attention_mask: Tensor) -> None:
         raise ValueError(f"grad must have {len(attention_mask)} rows, got {len(grad)}")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """cu_seqlens is a vector of int32 or int64 with at least one entry; else ValueError or TypeError."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     require_dims(cu_seqlens, "cu_seqlens", "[B + 1]")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
@@ -81,20 +84,20 @@ def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
 def _check_packed(hidden: Tensor, cu_seqlens: Tensor) -> None:
     require_floating(hidden=hidden)
     require_dims(hidden, "hidden", "[T, D]")
-    _check_cu_seqlens(cu_seqlens)
+    check_cu_seqlens(cu_seqlens)
     require_device("hidden", hidden, cu_seqlens=cu_seqlens)
 
 
 def _check_packed_backward(grad: Tensor, cu_seqlens: Tensor, total_tokens: int) -> None:
     require_floating(grad=grad)
     require_dims(grad, "grad", "[B, D]")
-    _check_cu_seqlens(cu_seqlens)
+    check_cu_seqlens(cu_seqlens)
     if len(grad) != len(cu_seqlens) - 1:
         raise ValueError(f"grad must have {len(cu_seqlens) - 1} rows, got {len(grad)}")
 
 
-def check_cu_seqlens_values(cu_seqlens: Tensor, total_tokens: int) -> None:
-    """cu_seqlens starts at 0, never descends and ends at `total_tokens`; else ValueError."""
+def check_cu_seqlens_values(cu_seqlens: Tensor, total_tokens: int) -> int:
+    """The longest sequence; ValueError unless cu_seqlens starts at 0, never descends and ends at `total_tokens`."""
     offsets = cu_seqlens.numpy()  # numpy looks at a few numbers in a third of the time that torch takes
     if offsets[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
@@ -102,6 +105,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, total_tokens: int) -> None:
         raise ValueError(f"cu_seqlens must end at {total_tokens}, the number of tokens, got {offsets[-1]}")
     if (offsets[1:] < offsets[:-1]).any():
         raise ValueError("cu_seqlens must not descend")
+    return int((offsets[1:] - offsets[:-1]).max(initial=0))
 
 
 def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -5,7 +5,23 @@ the result's dtype once at the end. The forward functions are differentiable by 
 the same gradients written out, for the operators, whose implementations run below autograd.
 """
 
+from triton_st.reference.bias_gelu import bias_gelu, bias_gelu_backward
 from triton_st.reference.cosine_similarity import cosine_similarity, cosine_similarity_backward
+from triton_st.reference.dropout_add_layer_norm import (
+    dropout_add_layer_norm,
+    dropout_add_layer_norm_backward,
+    dropout_add_layer_norm_forward,
+)
+from triton_st.reference.embedding_layer_norm import (
+    embedding_layer_norm,
+    embedding_layer_norm_backward,
+    embedding_layer_norm_forward,
+)
+from triton_st.reference.layer_norm_mean_pool import (
+    layer_norm_mean_pool,
+    layer_norm_mean_pool_backward,
+    layer_norm_mean_pool_forward,
+)
 from triton_st.reference.mean_pool import (
     masked_mean_pool,
     masked_mean_pool_backward,
@@ -13,18 +29,39 @@ from triton_st.reference.mean_pool import (
     packed_mean_pool_backward,
 )
 from triton_st.reference.mnrl_loss import mnrl_loss, mnrl_loss_backward, mnrl_loss_forward
+from triton_st.reference.mnrl_rows import mnrl_rows
 from triton_st.reference.normalize import EPS, normalize
+from triton_st.reference.packed_attention import (
+    packed_attention,
+    packed_attention_backward,
+    packed_attention_forward,
+)
 
 __all__ = [
     "EPS",
+    "bias_gelu",
+    "bias_gelu_backward",
     "cosine_similarity",
     "cosine_similarity_backward",
+    "dropout_add_layer_norm",
+    "dropout_add_layer_norm_backward",
+    "dropout_add_layer_norm_forward",
+    "embedding_layer_norm",
+    "embedding_layer_norm_backward",
+    "embedding_layer_norm_forward",
+    "layer_norm_mean_pool",
+    "layer_norm_mean_pool_backward",
+    "layer_norm_mean_pool_forward",
     "masked_mean_pool",
     "masked_mean_pool_backward",
     "mnrl_loss",
     "mnrl_loss_backward",
     "mnrl_loss_forward",
+    "mnrl_rows",
     "normalize",
+    "packed_attention",
+    "packed_attention_backward",
+    "packed_attention_forward",
     "packed_mean_pool",
     "packed_mean_pool_backward",
 ]

@@ -14,6 +14,16 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; a finite value past float16's range becomes its largest, inf and NaN stay. For activations alone:
+    a gradient that overflows must show, so that loss scaling sees it.
+    """
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        x = torch.where(x.isinf(), x, x.clamp(-largest, largest))
+    return x.to(dtype)
+
+
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x times a power of two that brings each near 1, so that no square overflows; and those powers [N, 1]."""
     x = widen(x)
