@@ -30,6 +30,7 @@ from triton_st.reference.mean_pool import (
 )
 from triton_st.reference.mnrl_loss import mnrl_loss, mnrl_loss_backward, mnrl_loss_forward
 from triton_st.reference.mnrl_rows import mnrl_rows
+from triton_st.reference.mnrl_rows import mnrl_rows
 from triton_st.reference.normalize import EPS, normalize
 from triton_st.reference.packed_attention import (
     packed_attention,
@@ -57,6 +58,7 @@ __all__ = [
     "mnrl_loss",
     "mnrl_loss_backward",
     "mnrl_loss_forward",
+    "mnrl_rows",
     "mnrl_rows",
     "normalize",
     "packed_attention",
