@@ -171,6 +171,16 @@ def _check_values(
             raise ValueError("token_type must have at least one row, got none")
 
 
+def _check_forward_values(word: Tensor, position: Tensor, token_type: Tensor | None, *rest: Any) -> None:
+    input_ids, cu_seqlens, token_type_ids, _, position_offset = rest[2:7]
+    _check_values(word, position, token_type, input_ids, cu_seqlens, token_type_ids, position_offset)
+
+
+def _check_backward_values(grad: Tensor, word: Tensor, position: Tensor, token_type: Tensor | None, *rest: Any) -> None:
+    input_ids, cu_seqlens, token_type_ids, _, position_offset = rest[3:8]
+    _check_values(word, position, token_type, input_ids, cu_seqlens, token_type_ids, position_offset)
+
+
 def _check_backward(
     grad: Tensor,
     word: Tensor,
@@ -237,7 +247,7 @@ define(
     " Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor? seed, int position_offset, float eps,"
     " float dropout_p, int stream, ScalarType dtype) -> (Tensor out, Tensor mean, Tensor rstd)",
     check=_check,
-    check_values=lambda *args: _check_values(*args[:3], *args[5:8], args[9]),
+    check_values=_check_forward_values,
     fake=_fake,
 )
 define(
@@ -245,7 +255,7 @@ define(
     " Tensor mean, Tensor rstd, Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor? seed,"
     " int position_offset, float dropout_p, int stream) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
-    check_values=lambda *args: _check_values(*args[1:4], *args[7:10], args[11]),
+    check_values=_check_backward_values,
     fake=_fake_backward,
 )
 differentiable("embedding_layer_norm_forward", _backward, _setup, by="embedding_layer_norm_backward")
