@@ -8,43 +8,12 @@ import pytest
 import torch
 import transformers
 
+from tests.encoder_parity import assert_gradients, transformers_states
 from tests.small_model import bert_config, bert_pair, random_batch
 from tests.tolerance import assert_within_tolerance
 from triton_st.models import BertModel, load_encoder, pack
 
 HALVES = [torch.float16, torch.bfloat16]
-
-
-def _padded(features: dict, values: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch (or other values per token) padded with zeros, and its attention mask."""
-    flat = features["input_ids"] if values is None else values
-    lengths = features["cu_seqlens"].diff().tolist()
-    padded = torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True)
-    mask = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
-    return padded, mask
-
-
-def _theirs(model: transformers.BertModel, features: dict) -> torch.Tensor:
-    """transformers' last hidden states, packed [T, D]."""
-    ids, mask = _padded(features)
-    types = features.get("token_type_ids")
-    types = None if types is None else _padded(features, types)[0]
-    hidden = model(input_ids=ids, attention_mask=mask.long(), token_type_ids=types).last_hidden_state
-    return hidden[mask]
-
-
-def _assert_gradients(ours: torch.nn.Module, exact: torch.nn.Module) -> None:
-    """The whole-model rule: the error of each parameter's gradient against float64, relative to its norm."""
-    wanted = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
-    largest = max(grad.norm() for grad in wanted.values())
-    seen = set()
-    for name, parameter in ours.named_parameters():
-        if parameter.grad is None:
-            continue
-        seen.add(name)
-        error = (parameter.grad.double() - wanted[name].double()).norm()
-        assert error <= 1e-4 * max(wanted[name].norm(), 1e-3 * largest), f"{name}: {error:.3e}"
-    assert seen == set(wanted)
 
 
 # --- the whole model --------------------------------------------------------------------------------------------------
@@ -59,26 +28,26 @@ def test_outputs_and_gradients_equal_transformers(typed):
     exact = transformers.BertModel(theirs.config).eval()
     exact.load_state_dict(theirs.state_dict())
     exact.double()
-    hidden, wanted = ours(**features), _theirs(exact, features)
+    hidden, wanted = ours(**features), transformers_states(exact, features)
     torch.testing.assert_close(hidden.double(), wanted, rtol=0, atol=1e-5)
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     (hidden * weight).sum().backward()
     (wanted * weight).sum().backward()
-    _assert_gradients(ours, exact)
+    assert_gradients(ours, exact)
 
 
 def test_minilm_equals_transformers_for_a_ragged_batch(minilm_folder):
     exact = transformers.BertModel.from_pretrained(minilm_folder).eval().double()
     ours = load_encoder(minilm_folder)
     features = random_batch([2, 3, 9, 41, 10, 70, 3], vocabulary=30_000)
-    hidden, wanted = ours(**features), _theirs(exact, features)
+    hidden, wanted = ours(**features), transformers_states(exact, features)
     lengths = features["cu_seqlens"].diff().tolist()
     pooled, wanted_pooled = (torch.stack([x.mean(0) for x in h.split(lengths)]) for h in (hidden, wanted))
     torch.testing.assert_close(pooled.double(), wanted_pooled, rtol=0, atol=1e-5)
     weight = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1))
     (pooled * weight).sum().backward()
     (wanted_pooled * weight).sum().backward()
-    _assert_gradients(ours, exact)
+    assert_gradients(ours, exact)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -88,8 +57,8 @@ def test_half_activations_are_as_exact_as_a_half_model(dtype):
     ours.activation_dtype = dtype
     with torch.no_grad():
         hidden = ours(**features)
-        exact = _theirs(theirs.double(), features)
-        at_dtype = _theirs(theirs.to(dtype), features)
+        exact = transformers_states(theirs.double(), features)
+        at_dtype = transformers_states(theirs.to(dtype), features)
     assert all(p.dtype == torch.float32 for p in ours.parameters())
     assert_within_tolerance(hidden, exact, at_dtype, "hidden")
 
@@ -101,7 +70,7 @@ def test_half_activations_give_float32_gradients_near_the_exact_ones(dtype):
     ours.activation_dtype = dtype
     weight = torch.randn(len(features["input_ids"]), 50, generator=torch.Generator().manual_seed(1))
     (ours(**features).float() * weight).sum().backward()
-    (_theirs(theirs, features) * weight).sum().backward()
+    (transformers_states(theirs, features) * weight).sum().backward()
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     largest = max(grad.norm() for grad in wanted.values())
     bound = 64 * torch.finfo(dtype).eps
@@ -116,7 +85,7 @@ def test_float64_model_runs_in_float64():
     ours, theirs = bert_pair(torch.float64)
     ours.activation_dtype = torch.float64
     features = random_batch()
-    torch.testing.assert_close(ours(**features), _theirs(theirs, features), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours(**features), transformers_states(theirs, features), rtol=0, atol=1e-12)
 
 
 def test_a_text_is_encoded_the_same_in_any_company():
@@ -147,7 +116,7 @@ def test_odd_batches(lengths):
     assert hidden.shape == (sum(lengths), 50)
     if sum(lengths):
         kept = pack([ids.tolist() for ids in features["input_ids"].split(lengths) if len(ids)])
-        torch.testing.assert_close(hidden, _theirs(theirs, kept), rtol=0, atol=1e-5)
+        torch.testing.assert_close(hidden, transformers_states(theirs, kept), rtol=0, atol=1e-5)
     hidden.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
 

@@ -89,7 +89,9 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config.json: not a JSON file"):
         load_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ValueError, match="model type 't5' is not served; served: bert"):
+    with pytest.raises(
+        ValueError, match="model type 't5' is not served; served: bert, distilbert, mpnet, roberta, xlm-roberta"
+    ):
         load_encoder(tmp_path)
     (tmp_path / "config.json").write_text(bert_config().to_json_string())
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor pytorch_model.bin"):

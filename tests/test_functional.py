@@ -98,28 +98,22 @@ def test_gradients_with_dropout_are_those_of_the_drawn_mask():
     residual.requires_grad_()
     weight, bias = (torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
-    def seeded(function):
-        def run(*args):
-            torch.manual_seed(5)
-            return function(*args)
-
-        return run
-
-    assert torch.autograd.gradcheck(seeded(lambda t: packed_attention(t, plan, 0.3)), (qkv,))
-    assert torch.autograd.gradcheck(seeded(lambda t: dropout(t, 0.3)), (x,))
-    add_norm = seeded(lambda *args: dropout_add_layer_norm(*args, 1e-5, 0.3))
-    assert torch.autograd.gradcheck(add_norm, (x, residual, weight, bias))
+    seed = torch.tensor(5)
+    assert torch.autograd.gradcheck(lambda t: packed_attention(t, plan, 0.3, seed, 8), (qkv,))
+    assert torch.autograd.gradcheck(lambda t: dropout(t, 0.3, seed), (x,))
+    assert torch.autograd.gradcheck(
+        lambda *args: dropout_add_layer_norm(*args, 1e-5, 0.3, seed), (x, residual, weight, bias)
+    )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
 def test_dropout_mask_has_its_rate_and_keeps_the_mean(p):
-    torch.manual_seed(0)
-    mask, factor = keep_mask((1000, 1001), p, torch.device("cpu"))
+    mask, factor = keep_mask((1000, 1001), p, torch.tensor(3), 0, torch.device("cpu"))
     assert mask.double().mean().item() == pytest.approx(1 - p, abs=0.002)
     assert mask.double().mean(0).std() < 0.03  # no column is special: every one of a word's 16-bit parts is used
     if p < 1:
         assert factor == pytest.approx(1 / (1 - p), rel=1e-4)
-    dropped = dropout(torch.ones(1000, 1001), p)
+    dropped = dropout(torch.ones(1000, 1001), p, torch.tensor(4))
     assert dropped.mean().item() == pytest.approx(0.0 if p == 1 else 1.0, abs=0.005)
 
 
@@ -171,7 +165,7 @@ def test_a_second_derivative_is_an_error_and_not_zero():
     functions = [
         lambda x: linear(x, square, ones),
         lambda x: feed_forward(x, square, ones, square, ones),
-        lambda x: dropout(x, 0.5),
+        lambda x: dropout(x, 0.5, torch.tensor(0)),
         lambda x: dropout_add_layer_norm(x, x, ones, ones, 1e-12),
         lambda x: packed_attention(x.view(5, 1, 2, 3).expand(5, 3, 2, 3), plan),
     ]

@@ -328,7 +328,7 @@ def test_device(model):
 
 def test_parts_that_do_not_fit_are_refused():
     encoder = small_model().encoder
-    with pytest.raises(TypeError, match=r"encoder: expected a triton_st.models.BertModel, got Linear"):
+    with pytest.raises(TypeError, match=r"encoder: expected a triton_st.models.PackedEncoder, got Linear"):
         SentenceTransformer.from_encoder(torch.nn.Linear(2, 2), small_tokenizer())
     with pytest.raises(TypeError, match="tokenizer: expected a fast tokenizer"):
         SentenceTransformer.from_encoder(encoder, object())

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from triton_st import ops, util
 from triton_st.model_card import SentenceTransformerModelCardData
-from triton_st.models.bert import BertModel
 from triton_st.models.checkpoint import load_encoder, save_encoder
+from triton_st.models.encoder import PackedEncoder
 from triton_st.models.files import replacing_folder
 from triton_st.models.folder import FolderConfig, find_folder, load_tokenizer, read_folder, write_folder
 from triton_st.models.packing import Features, pack, to_device
@@ -51,7 +51,7 @@ class SentenceTransformer(nn.Module):
         truncate_dim: keep only the first dimensions of every embedding.
 
     Attributes:
-        encoder: the `BertModel`. tokenizer: a fast tokenizer of transformers.
+        encoder: the `PackedEncoder`. tokenizer: a fast tokenizer of transformers.
         prompts, default_prompt_name, truncate_dim, model_card_data: as above.
 
     Raises:
@@ -62,7 +62,7 @@ class SentenceTransformer(nn.Module):
     Reimers & Gurevych, https://arxiv.org/abs/1908.10084.
     """
 
-    encoder: BertModel
+    encoder: PackedEncoder
     _loaded_card: str | None  # README.md of the folder that the model came from
 
     def __init__(
@@ -114,7 +114,7 @@ class SentenceTransformer(nn.Module):
     @classmethod
     def from_encoder(
         cls,
-        encoder: BertModel,
+        encoder: PackedEncoder,
         tokenizer: PreTrainedTokenizerBase,
         max_seq_length: int | None = None,
         pooling_mode: str = "mean",
@@ -123,14 +123,14 @@ class SentenceTransformer(nn.Module):
         """Build a model from its parts, on the encoder's device.
 
         Args:
-            encoder: a `triton_st.models.BertModel`.
+            encoder: a `triton_st.models.PackedEncoder`.
             tokenizer: a fast tokenizer of transformers whose ids the encoder knows.
             max_seq_length: longest sequence in tokens; the position table's size by default.
             pooling_mode: "mean".
             normalize: scale embeddings to length 1, as sentence-transformers' Normalize module does.
         """
-        if not isinstance(encoder, BertModel):
-            raise TypeError(f"encoder: expected a triton_st.models.BertModel, got {type(encoder).__name__}")
+        if not isinstance(encoder, PackedEncoder):
+            raise TypeError(f"encoder: expected a triton_st.models.PackedEncoder, got {type(encoder).__name__}")
         if pooling_mode != "mean":
             raise ValueError(f"pooling_mode: {pooling_mode!r} is not served; served: 'mean'")
         model = cls.__new__(cls)
@@ -138,7 +138,7 @@ class SentenceTransformer(nn.Module):
         model._assemble(encoder, tokenizer, FolderConfig(max_seq_length=max_seq_length, normalize=normalize))
         return model
 
-    def _assemble(self, encoder: BertModel, tokenizer: PreTrainedTokenizerBase, config: FolderConfig) -> None:
+    def _assemble(self, encoder: PackedEncoder, tokenizer: PreTrainedTokenizerBase, config: FolderConfig) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise TypeError(f"tokenizer: expected a fast tokenizer of transformers, got {type(tokenizer).__name__}")
         if len(tokenizer) > encoder.config.vocab_size:
@@ -158,9 +158,10 @@ class SentenceTransformer(nn.Module):
             )
         self.truncate_dim = config.truncate_dim
         self.similarity_fn_name = config.similarity_fn_name or "cosine"
-        positions = encoder.config.max_position_embeddings
         self.max_seq_length = (
-            min(tokenizer.model_max_length, positions) if config.max_seq_length is None else config.max_seq_length
+            min(tokenizer.model_max_length, encoder.max_length)
+            if config.max_seq_length is None
+            else config.max_seq_length
         )
         self.model_card_data = SentenceTransformerModelCardData()
         self._loaded_card = None
@@ -180,7 +181,7 @@ class SentenceTransformer(nn.Module):
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
         least = self.tokenizer.num_special_tokens_to_add() + 1
-        most = self.encoder.config.max_position_embeddings
+        most = self.encoder.max_length
         if not isinstance(value, int) or not least <= value <= most:
             raise ValueError(f"max_seq_length: expected an int from {least} to {most}, got {value!r}")
         self._max_seq_length = value
@@ -247,12 +248,13 @@ class SentenceTransformer(nn.Module):
             texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
             return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
 
-    def forward(self, features: Features) -> Features:
+    def forward(self, features: Features, dropout: bool = True) -> Features:
         """Embed a packed batch.
 
         Args:
             features: `input_ids` [T], `cu_seqlens` [B + 1], `max_seqlen`, optionally `token_type_ids` [T]; on the
                 model's device.
+            dropout: False for none in training mode either.
 
         Returns:
             The features, with `token_embeddings` [T, D] and `sentence_embedding` [B, D] in the activation dtype.
@@ -261,7 +263,11 @@ class SentenceTransformer(nn.Module):
         if missing:
             raise ValueError(f"features: expected a packed batch, as tokenize returns it; {', '.join(missing)} missing")
         hidden = self.encoder(
-            features["input_ids"], features["cu_seqlens"], features["max_seqlen"], features.get("token_type_ids")
+            features["input_ids"],
+            features["cu_seqlens"],
+            features["max_seqlen"],
+            features.get("token_type_ids"),
+            dropout=dropout,
         )
         pooled = ops.packed_mean_pool(hidden, features["cu_seqlens"])
         if self.normalize:
@@ -297,7 +303,7 @@ class SentenceTransformer(nn.Module):
         """Embed texts.
 
         Texts are sorted by length and cut into batches of `batch_size` * 64 tokens, without padding; results come in
-        the order of the input. The model is in evaluation mode meanwhile.
+        the order of the input. There is no dropout, whatever mode the model is in: another thread may train it.
 
         Args:
             sentences: a text, or texts in a list, tuple, array, column, generator, …
@@ -333,10 +339,7 @@ class SentenceTransformer(nn.Module):
         texts = _checked_texts([sentences] if isinstance(sentences, str) else sentences)
         if before := self._prompt(prompt, prompt_name):
             texts = [before + text for text in texts]
-        with (
-            _evaluating(self),
-            tqdm(total=len(texts), desc="Encode", unit="text", disable=not show_progress_bar) as bar,
-        ):
+        with tqdm(total=len(texts), desc="Encode", unit="text", disable=not show_progress_bar) as bar:
             if output_value == "token_embeddings":
                 states = self._token_states(texts, batch_size * _TOKENS_PER_TEXT, bar)
                 return states[0] if single else states
@@ -371,7 +374,7 @@ class SentenceTransformer(nn.Module):
         for members in _token_batches([len(text_ids) for text_ids in ids], tokens):
             features = to_device(pack([ids[i] for i in members]), self.device)
             with torch.inference_mode():
-                outputs = self(features)
+                outputs = self(features, dropout=False)
             yield members, outputs
             bar.update(len(members))
 
@@ -443,18 +446,6 @@ class SentenceTransformer(nn.Module):
         if self._loaded_card is not None and not card.evaluations and not card.hyperparameters:
             return self._loaded_card
         return card.to_card(self)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
 
 
 def _checked_truncate_dim(value: Any) -> int | None:

@@ -115,20 +115,33 @@ def _with_zero_row(x: Tensor) -> Tensor:
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, plan: AttentionPlan, dropout_p: float, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        plan: AttentionPlan,
+        dropout_p: float,
+        seed: Tensor | None,
+        stream: int,
+        relative_bias: Tensor | None,
+        keep: bool,
+    ) -> Tensor:
         _, _, heads, size = qkv.shape
         rows = _with_zero_row(qkv)
         outputs, saved = [], []
         factor = 1.0
+        drawn = 0
         for bucket in plan.buckets:
             q, k, v = _split(rows, bucket)
             scores = q.mul_(1 / math.sqrt(size)) @ _t(k)  # [n, H, L, L]
+            if relative_bias is not None:
+                scores += _by_position(relative_bias, bucket.length)
             if bucket.key_bias is not None:
                 scores += bucket.key_bias
             weights = probabilities = torch.softmax(scores, -1)
             mask = None
             if dropout_p > 0.0:
-                mask, factor = keep_mask(probabilities.shape, dropout_p, qkv.device)
+                mask, factor = keep_mask(probabilities.shape, dropout_p, seed, stream, qkv.device, drawn)
+                drawn += mask.numel()
                 weights = probabilities * mask
             attended = (_t(v) @ _t(weights)).mul_(factor)  # [n, H, d, L], smaller than the weights
             outputs.append(store(attended, qkv.dtype).permute(0, 3, 1, 2).reshape(-1, heads * size))
@@ -139,6 +152,7 @@ class _PackedAttention(torch.autograd.Function):
         if keep:
             ctx.save_for_backward(qkv, out, *saved)
             ctx.plan, ctx.factor = plan, factor
+            ctx.distances = None if relative_bias is None else relative_bias.shape
         return out
 
     @staticmethod
@@ -151,6 +165,7 @@ class _PackedAttention(torch.autograd.Function):
         # sum over keys of weight * grad_weight, per query and head; read off the small output, as FlashAttention does
         delta = _with_zero_row((widen(grads[0]) * widen(out)).view(-1, heads, size).sum(-1))  # [T + 1, H]
         pieces = []
+        grad_bias = None if ctx.distances is None else torch.zeros(ctx.distances, dtype=delta.dtype, device=qkv.device)
         for i, bucket in enumerate(ctx.plan.buckets):
             n, length = bucket.rows, bucket.length
             q, k, v = _split(rows, bucket)
@@ -161,16 +176,44 @@ class _PackedAttention(torch.autograd.Function):
             bucket_delta = delta.index_select(0, bucket.index).view(n, length, heads, 1).transpose(1, 2)
             weights = probabilities if mask is None else probabilities * mask
             grad_scores = (grad @ _t(v)).mul_(weights).addcmul_(probabilities, bucket_delta, value=-1)
+            if grad_bias is not None:
+                _add_by_distance(grad_bias, grad_scores.sum(0))
             grad_q = (_t(k) @ _t(grad_scores)).mul_(scale)  # [n, H, d, L], as the two below
             grad_k = _t(q) @ grad_scores  # q is scaled already
             grad_v = _t(grad) @ weights
             grad_qkv = torch.stack([grad_q, grad_k, grad_v]).permute(1, 4, 0, 2, 3)  # [n, L, 3, H, d]
             pieces.append(grad_qkv.to(qkv.dtype).reshape(-1, *qkv.shape[1:]))
         laid = torch.cat(pieces) if pieces else qkv.new_empty(0, *qkv.shape[1:])
-        return laid.index_select(0, ctx.plan.restore), None, None, None
+        return laid.index_select(0, ctx.plan.restore), None, None, None, None, grad_bias, None
 
 
-def packed_attention(qkv: Tensor, plan: AttentionPlan, dropout_p: float = 0.0) -> Tensor:
+def _by_position(relative_bias: Tensor, length: int) -> Tensor:
+    """[H, 2 P - 1] by distance -> [H, L, L] by query and key, of which P >= L."""
+    middle = relative_bias.shape[1] // 2
+    position = torch.arange(length, device=relative_bias.device)
+    return relative_bias[:, middle + position - position[:, None]]
+
+
+def _add_by_distance(grad_bias: Tensor, grad: Tensor) -> None:
+    """Add the sum of every diagonal of grad [H, L, L] to grad_bias [H, 2 P - 1], always in the same order.
+
+    A matrix padded to 2 L columns and read with rows of 2 L - 1 has every row one step further right than the last.
+    """
+    heads, length, _ = grad.shape
+    shifted = torch.nn.functional.pad(grad.flip(1), (0, length)).view(heads, -1)[:, : length * (2 * length - 1)]
+    middle = grad_bias.shape[1] // 2
+    by_distance = shifted.view(heads, length, 2 * length - 1).sum(1)
+    grad_bias[:, middle - length + 1 : middle + length] += by_distance
+
+
+def packed_attention(
+    qkv: Tensor,
+    plan: AttentionPlan,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    relative_bias: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each sequence of a packed batch, without a causal mask.
 
     Scores, softmax and both products run in float32 (float64 for float64 input) whatever the storage dtype.
@@ -179,11 +222,15 @@ def packed_attention(qkv: Tensor, plan: AttentionPlan, dropout_p: float = 0.0) -
         qkv: [T, 3, H, d], any floating dtype.
         plan: the batch's sequences.
         dropout_p: probability of dropping an attention weight.
+        seed, stream: of the random numbers, see `keep_mask`.
+        relative_bias: [H, 2 P - 1], float32: added to the score of a key by its distance from the query, key minus
+            query, which counts from 1 - P, where P is at least the longest sequence.
 
     Returns:
         [T, H * d] in qkv's dtype.
 
     Reference: Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
     """
-    keep = torch.is_grad_enabled() and qkv.requires_grad
-    return _PackedAttention.apply(qkv, plan, dropout_p, keep)
+    needs_grad = qkv.requires_grad or (relative_bias is not None and relative_bias.requires_grad)
+    keep = torch.is_grad_enabled() and needs_grad
+    return _PackedAttention.apply(qkv, plan, dropout_p, seed, stream, relative_bias, keep)

@@ -8,19 +8,26 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import BertConfig
 
-from triton_st.models.bert import BertModel
+from triton_st.models.bert import BertModel, RobertaModel, XLMRobertaModel
+from triton_st.models.distilbert import DistilBertModel
+from triton_st.models.encoder import PackedEncoder
 from triton_st.models.files import read_json, replacing_folder
+from triton_st.models.mpnet import MPNetModel
 
-SERVED_TYPES = ("bert",)
+_FAMILIES: dict[str, type[PackedEncoder]] = {
+    model.config_class.model_type: model
+    for model in (BertModel, DistilBertModel, MPNetModel, RobertaModel, XLMRobertaModel)
+}
+SERVED_TYPES = tuple(_FAMILIES)
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_PREFIXES = ("bert.", "model.", "module.")
+_PREFIXES = ("bert.", "distilbert.", "mpnet.", "roberta.", "model.", "module.")
+_PARTS = ("embeddings.", "encoder.", "transformer.", "pooler.")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def load_encoder(folder: str | Path) -> BertModel:
+def load_encoder(folder: str | Path) -> PackedEncoder:
     """Load a transformers checkpoint.
 
     Args:
@@ -44,13 +51,16 @@ def load_encoder(folder: str | Path) -> BertModel:
     model_type = config_fields.get("model_type")
     if model_type not in SERVED_TYPES:
         raise ValueError(f"{config_path}: model type {model_type!r} is not served; served: {', '.join(SERVED_TYPES)}")
+    family = _FAMILIES[model_type]
     try:
-        config = BertConfig.from_dict(config_fields)
+        config = family.config_class.from_dict(config_fields)
     except Exception as error:  # transformers' validation has error types of its own
-        raise ValueError(f"{config_path}: not a BERT configuration ({error})") from error
+        raise ValueError(f"{config_path}: not a configuration of type {model_type} ({error})") from error
     state = _canonical(_read_weights(folder))
     with torch.device("meta"):
-        model = BertModel(config, add_pooling_layer="pooler.dense.weight" in state)
+        model = family(config)
+    if "pooler.dense.weight" not in state:
+        model.pooler = None
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
@@ -87,14 +97,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of a bare `BertModel`, float32; heads of task models and buffers are left out."""
+    """Names of a bare model, float32; heads of task models and buffers are left out."""
     prefix = next((p for p in _PREFIXES if any(name.startswith(f"{p}embeddings.") for name in state)), "")
     tensors = {}
     for name, tensor in state.items():
         if not name.startswith(prefix):
             continue
         bare = name.removeprefix(prefix)
-        if not bare.startswith(("embeddings.", "encoder.", "pooler.")) or bare == "embeddings.position_ids":
+        if not bare.startswith(_PARTS) or bare == "embeddings.position_ids":
             continue
         for old, new in _OLD_NAMES.items():
             bare = bare.replace(old, new)
@@ -103,16 +113,16 @@ def _canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def save_encoder(model: BertModel, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` (float32) as transformers' `BertModel.save_pretrained` does.
+def save_encoder(model: PackedEncoder, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` (float32) as the `save_pretrained` of transformers' model does.
 
     Both files are written in full before either takes its place; the folder is made if it does not exist.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    config = BertConfig.from_dict(model.config.to_dict())
-    config.architectures = ["BertModel"]
+    config = model.config_class.from_dict(model.config.to_dict())
+    config.architectures = [type(model).__name__]
     config.dtype = torch.float32
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replacing_folder(folder) as temporary:

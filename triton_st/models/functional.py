@@ -105,6 +105,57 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, out_dtype: torch.dtype | Non
     return _Linear.apply(x, weight, bias, x.dtype if out_dtype is None else out_dtype)
 
 
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.rows = [len(part) for part in parts]
+        return _side_by_side(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0].split(ctx.rows)
+
+
+def joined(*parts: Tensor) -> Tensor:
+    """Parameters one below the other, as `torch.cat` gives them, without copying them at every step.
+
+    The first call lays the parameters' data side by side in one memory, where it stays: an optimizer works on it in
+    place. Moving or loading parameters takes it apart, and the next call lays it anew.
+
+    Args:
+        parts: [n_i, ...], of one dtype on one device, equal in all dimensions but the first.
+
+    Returns:
+        [sum of n_i, ...]; its gradient reaches the parts as slices of one tensor.
+    """
+    if torch.compiler.is_compiling():  # which sees no addresses
+        return torch.cat(parts)
+    return _Joined.apply(*parts)
+
+
+def _side_by_side(parts: tuple[Tensor, ...]) -> Tensor:
+    first = parts[0]
+    shape = (sum(len(part) for part in parts), *first.shape[1:])
+    if not _are_side_by_side(parts):
+        with torch.inference_mode(False):  # the parameters are to be trained
+            together = torch.cat([part.detach() for part in parts])
+            for part, data in zip(parts, together.split([len(part) for part in parts]), strict=True):
+                part.data = data
+        return together
+    return first.detach().as_strided(shape, first.stride())
+
+
+def _are_side_by_side(parts: tuple[Tensor, ...]) -> bool:
+    storage = parts[0].untyped_storage().data_ptr()
+    address = parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != address or part.untyped_storage().data_ptr() != storage or not part.is_contiguous():
+            return False
+        address += part.numel() * part.element_size()
+    return True
+
+
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -155,27 +206,39 @@ def feed_forward(
     return _FeedForward.apply(x, w1, b1, w2, b2, x.dtype if out_dtype is None else out_dtype, keep)
 
 
-def keep_mask(shape: tuple[int, ...] | torch.Size, p: float, device: torch.device) -> tuple[Tensor, float]:
-    """Draw a dropout mask: True keeps. Returns it with the factor 1 / P(keep) that keeps the mean.
+def keep_mask(
+    shape: tuple[int, ...] | torch.Size,
+    p: float,
+    seed: Tensor | None,
+    stream: int,
+    device: torch.device,
+    offset: int = 0,
+) -> tuple[Tensor, float]:
+    """A dropout mask: True keeps. Returns it with the factor 1 / P(keep) that keeps the mean.
 
-    16 random bits decide an element, drawn eight bytes at a time (`bernoulli_` draws one element at a time on one
-    thread and took a third of a training step), so that P(drop) is p to within 2^-17; the factor is exact for it.
+    The mask is a function of `seed` (an int64 scalar), `stream` (which place in the model) and `offset` alone, so that
+    it can be drawn again. 16 random bits decide an element, drawn eight bytes at a time (`bernoulli_` draws one element
+    at a time on one thread and took a third of a training step), so that P(drop) is p to within 2^-17; the factor is
+    exact for it.
     """
+    if seed is None:
+        raise ValueError("seed: expected an int64 scalar tensor where dropout_p is not 0, got None")
     dropped = round(p * 65536)
     if dropped == 65536:
         return torch.zeros(shape, dtype=torch.bool, device=device), 0.0
     count = torch.Size(shape).numel()
+    generator = torch.Generator(device).manual_seed(hash((int(seed), stream, offset)) & (2**63 - 1))
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
-    words.random_(-(2**63), None)  # all 64 bits
+    words.random_(-(2**63), None, generator=generator)  # all 64 bits
     mask = words.view(torch.int16)[:count].view(shape) >= dropped - 32768
     return mask, 65536 / (65536 - dropped)
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Tensor | None = None, stream: int = 0) -> Tensor:
     """Zero each element with probability p and scale the rest by 1 / (1 - p). Returns x itself for p = 0."""
     if p == 0.0:
         return x
-    mask, factor = keep_mask(x.shape, p, x.device)
+    mask, factor = keep_mask(x.shape, p, seed, stream, x.device)
     return _Masked.apply(x, mask, factor)
 
 
@@ -240,7 +303,14 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 def dropout_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float = 0.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """LayerNorm(dropout(x) + residual); the sum and the statistics are float32 and never stored in half.
 
@@ -250,10 +320,11 @@ def dropout_add_layer_norm(
         weight, bias: [D], float32 (float64 if x is).
         eps: added to the variance, in float32.
         dropout_p: probability of dropping an element of x.
+        seed, stream: of the random numbers, see `keep_mask`.
 
     Returns:
         [T, D] in residual's dtype.
     """
-    mask, factor = keep_mask(x.shape, dropout_p, x.device) if dropout_p > 0.0 else (None, 1.0)
+    mask, factor = keep_mask(x.shape, dropout_p, seed, stream, x.device) if dropout_p > 0.0 else (None, 1.0)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, weight, bias))
     return _AddLayerNorm.apply(x, residual, weight, bias, eps, mask, factor, keep)

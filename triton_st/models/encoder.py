@@ -1,0 +1,412 @@
+"""What every served family shares: a padding-free encoder of post-LayerNorm layers.
+
+A family (`bert`, `distilbert`, `mpnet`) is a thin module with the parameter names of transformers' own, so that
+checkpoints load and save with no translation. It hands its parameters to the functions here, which know no names.
+
+Reference: Vaswani et al., https://arxiv.org/abs/1706.03762; Devlin et al., "BERT", https://arxiv.org/abs/1810.04805.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+
+from triton_st.models.attention import AttentionPlan, packed_attention
+from triton_st.models.functional import dropout, dropout_add_layer_norm, feed_forward, joined, linear, store, widen
+from triton_st.models.packing import check_packed
+
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+STREAMS_PER_LAYER = 8
+"""Streams of random numbers reserved for one layer: layer i counts from (i + 1) * 8, the embeddings have stream 0."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A config's sizes and probabilities in one spelling.
+
+    Raises:
+        ValueError: a size or probability that is impossible, or an activation that is not served.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    vocab_size: int
+    positions: int  # rows of the position table
+    token_types: int  # 0: the family has none
+    padding_id: int | None
+    eps: float
+    hidden_dropout_p: float
+    attention_dropout_p: float
+    initializer_range: float
+    position_offset: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Longest sequence in tokens that the position table serves."""
+        return self.positions - self.position_offset
+
+    @staticmethod
+    def read(config: PretrainedConfig, names: Mapping[str, str | None], position_offset: int = 0) -> Architecture:
+        """Read and check `config`; `names` maps BERT's field names to the family's, None where it has no such field."""
+
+        def field(name: str) -> Any:
+            return getattr(config, names.get(name) or name)
+
+        def label(name: str) -> str:
+            return f"config.{names.get(name) or name}"
+
+        typed = names.get("type_vocab_size", "") is not None
+        least = {"num_hidden_layers": 0, "hidden_size": 1, "num_attention_heads": 1, "intermediate_size": 1}
+        least |= {"vocab_size": 1, "max_position_embeddings": 1 + position_offset}
+        least |= {"type_vocab_size": 1} if typed else {}
+        for name, smallest in least.items():
+            if field(name) < smallest:
+                raise ValueError(f"{label(name)}: expected at least {smallest}, got {field(name)}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= field(name) <= 1:
+                raise ValueError(f"{label(name)}: expected a probability, 0 to 1, got {field(name)}")
+        if field("hidden_act") != "gelu":
+            raise ValueError(
+                f"{label('hidden_act')}: expected 'gelu' (erf), the one that is served, got {field('hidden_act')!r}"
+            )
+        position_type = getattr(config, "position_embedding_type", "absolute")
+        if position_type != "absolute":
+            raise ValueError(f"config.position_embedding_type: expected 'absolute', got {position_type!r}")
+        if getattr(config, "is_decoder", False):
+            raise ValueError("config.is_decoder: expected False, an encoder, got True")
+        if field("hidden_size") % field("num_attention_heads"):
+            raise ValueError(
+                f"{label('hidden_size')}: expected a multiple of num_attention_heads = "
+                f"{field('num_attention_heads')}, got {field('hidden_size')}"
+            )
+        return Architecture(
+            hidden_size=field("hidden_size"),
+            layers=field("num_hidden_layers"),
+            heads=field("num_attention_heads"),
+            intermediate_size=field("intermediate_size"),
+            vocab_size=field("vocab_size"),
+            positions=field("max_position_embeddings"),
+            token_types=config.type_vocab_size if typed else 0,
+            padding_id=position_offset - 1 if position_offset else config.pad_token_id,
+            eps=field("layer_norm_eps") if names.get("layer_norm_eps", "") is not None else 1e-12,
+            hidden_dropout_p=field("hidden_dropout_prob"),
+            attention_dropout_p=field("attention_probs_dropout_prob"),
+            initializer_range=config.initializer_range,
+            position_offset=position_offset,
+        )
+
+
+class LayerWeights(NamedTuple):
+    """Parameters of one layer: [out, in] weights, float32 (float64 in a float64 model)."""
+
+    qkv_weight: Tensor  # [3 D, D]: query, key, value
+    qkv_bias: Tensor  # [3 D]
+    attention_output_weight: Tensor  # [D, D]
+    attention_output_bias: Tensor  # [D]
+    attention_norm_weight: Tensor  # [D]
+    attention_norm_bias: Tensor  # [D]
+    intermediate_weight: Tensor  # [I, D]
+    intermediate_bias: Tensor  # [I]
+    output_weight: Tensor  # [D, I]
+    output_bias: Tensor  # [D]
+    output_norm_weight: Tensor  # [D]
+    output_norm_bias: Tensor  # [D]
+
+
+def layer_weights(
+    query: nn.Linear,
+    key: nn.Linear,
+    value: nn.Linear,
+    attention_output: nn.Linear,
+    attention_norm: nn.LayerNorm,
+    intermediate: nn.Linear,
+    output: nn.Linear,
+    output_norm: nn.LayerNorm,
+) -> LayerWeights:
+    """The parameters of one layer's modules; query, key and value are joined without a copy."""
+    return LayerWeights(
+        joined(query.weight, key.weight, value.weight),
+        joined(query.bias, key.bias, value.bias),
+        attention_output.weight,
+        attention_output.bias,
+        attention_norm.weight,
+        attention_norm.bias,
+        intermediate.weight,
+        intermediate.bias,
+        output.weight,
+        output.bias,
+        output_norm.weight,
+        output_norm.bias,
+    )
+
+
+class EncoderLayer(nn.Module):
+    """One layer's parameters under the names of its family."""
+
+    def weights(self) -> LayerWeights:
+        """The parameters in the one order that the computation knows."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """What the layers know of a batch beside its hidden states."""
+
+    cu_seqlens: Tensor  # [B + 1]
+    max_seqlen: int
+    plan: AttentionPlan
+    relative_bias: Tensor | None  # see `packed_attention`
+
+
+def encoder_layer(
+    hidden: Tensor,
+    weights: LayerWeights,
+    batch: PackedBatch,
+    heads: int,
+    eps: float,
+    attention_dropout_p: float,
+    hidden_dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+) -> Tensor:
+    """One post-LayerNorm transformer layer over a packed batch.
+
+    Args:
+        hidden: [T, D] in the activation dtype.
+        weights: the layer's parameters.
+        batch: the sequences.
+        heads: attention heads H; D = H * d.
+        eps: of both LayerNorms.
+        attention_dropout_p, hidden_dropout_p: probabilities of dropping an attention weight, and an element of what
+            is added to the residual; without effect if `seed` is None.
+        seed: int64 scalar, or None for no dropout.
+        stream: first of the layer's streams of random numbers: attention weights, then attention output (+ 1), then
+            the feed-forward block's output (+ 2).
+
+    Returns:
+        [T, D] in hidden's dtype.
+    """
+    if seed is None:
+        attention_dropout_p = hidden_dropout_p = 0.0
+    w = weights
+    sums = torch.promote_types(hidden.dtype, torch.float32)  # what is about to be added to the residual is never half
+    qkv = linear(hidden, w.qkv_weight, w.qkv_bias).view(hidden.shape[0], 3, heads, hidden.shape[1] // heads)
+    attended = packed_attention(qkv, batch.plan, attention_dropout_p, seed, stream, batch.relative_bias)
+    attended = linear(attended, w.attention_output_weight, w.attention_output_bias, sums)
+    hidden = dropout_add_layer_norm(
+        attended, hidden, w.attention_norm_weight, w.attention_norm_bias, eps, hidden_dropout_p, seed, stream + 1
+    )
+    fed = feed_forward(hidden, w.intermediate_weight, w.intermediate_bias, w.output_weight, w.output_bias, sums)
+    return dropout_add_layer_norm(
+        fed, hidden, w.output_norm_weight, w.output_norm_bias, eps, hidden_dropout_p, seed, stream + 2
+    )
+
+
+class Embeddings(nn.Module):
+    """Word, position and (where the family has them) token-type embeddings, summed, normalised and dropped out."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = architecture
+        self.word_embeddings = nn.Embedding(a.vocab_size, a.hidden_size, padding_idx=a.padding_id)
+        padding_position = a.position_offset - 1 if a.position_offset else None
+        self.position_embeddings = nn.Embedding(a.positions, a.hidden_size, padding_idx=padding_position)
+        if a.token_types:
+            self.token_type_embeddings = nn.Embedding(a.token_types, a.hidden_size)
+        self.LayerNorm = nn.LayerNorm(a.hidden_size, eps=a.eps)
+        self.architecture = architecture
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_type_ids: Tensor | None,
+        dtype: torch.dtype,
+        seed: Tensor | None,
+    ) -> Tensor:
+        """input_ids, token_type_ids [T], cu_seqlens [B + 1] -> [T, D] in `dtype`; summed, normalised in float32."""
+        tokens = input_ids.numel()
+        starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff(), output_size=tokens)
+        positions = torch.arange(tokens, device=input_ids.device) - starts + self.architecture.position_offset
+        embedded = self.word_embeddings(input_ids) + self.position_embeddings(positions)
+        if self.architecture.token_types:
+            types = self.token_type_embeddings
+            embedded = embedded + (types.weight[0] if token_type_ids is None else types(token_type_ids))
+        hidden = self.LayerNorm(widen(embedded))
+        p = 0.0 if seed is None else self.architecture.hidden_dropout_p
+        return store(dropout(hidden, p, seed, 0), dtype)
+
+
+class Pooler(nn.Module):
+    """The next-sentence head's dense layer: never computed here, kept so that a checkpoint is written back whole."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+
+class PackedEncoder(nn.Module):
+    """An encoder over packed batches; the families are its subclasses.
+
+    Args:
+        config: transformers' config of the family. Served: erf-GELU, absolute positions, no decoder.
+        position_offset: the first token's row of the position table.
+
+    Attributes:
+        config_class: transformers' config class. FIELDS: see `Architecture.read`.
+        activation_dtype: dtype in which activations are stored (float32 by default, float16, bfloat16; float64 for a
+            float64 model). Parameters stay as they are, float32 normally; sums, LayerNorm and softmax run in float32.
+        gradient_checkpointing: whether backward recomputes each layer, see `gradient_checkpointing_enable`.
+
+    Raises:
+        ValueError: the config asks for what is not served.
+    """
+
+    config_class: ClassVar[type[PretrainedConfig]]
+    FIELDS: ClassVar[dict[str, str | None]] = {}
+    embeddings: Embeddings
+    pooler: Pooler | None
+
+    def __init__(self, config: PretrainedConfig, position_offset: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.architecture = Architecture.read(config, self.FIELDS, position_offset)
+        self.activation_dtype = torch.float32
+        self.gradient_checkpointing = False
+        self.embeddings = Embeddings(self.architecture)
+        self.pooler = None
+
+    def layers(self) -> nn.ModuleList:
+        """The layers, first to last, each an `EncoderLayer`."""
+        raise NotImplementedError
+
+    def relative_bias(self, longest: int) -> Tensor | None:
+        """What is added to an attention score by distance, key minus query: [H, 2 * longest - 1], 1 - longest first.
+
+        None: nothing is added.
+        """
+        return None
+
+    def initialise(self) -> None:
+        """Give the parameters transformers' initial values: normal weights, zero biases, zero rows for padding."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.architecture.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                with torch.no_grad():
+                    module.weight[module.padding_idx].zero_()
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens, special tokens included."""
+        return self.architecture.longest
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep only each layer's input for backward and compute the layer again there, with the same dropout bits."""
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what backward needs, as by default."""
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        dropout: bool = True,
+    ) -> Tensor:
+        """Encode a packed batch.
+
+        Args:
+            input_ids: [T], int64.
+            cu_seqlens: [B + 1], int32: 0, then the running total of sequence lengths, ending at T.
+            max_seqlen: at least the longest sequence's length.
+            token_type_ids: [T], int64; all 0 by default. Only for families that have token types.
+            dropout: False for none in training mode either, so that a thread can encode while another trains.
+
+        Returns:
+            Last hidden states [T, D] in `activation_dtype`.
+
+        Raises:
+            TypeError, ValueError: the batch is not packed as above, a sequence is longer than the position table, or
+                (CPU) an id is outside the vocabulary.
+        """
+        a = self.architecture
+        batch = self._prepare(input_ids, cu_seqlens, max_seqlen, token_type_ids)
+        seed = self._draw_seed(input_ids.device) if self.training and dropout else None
+        hidden = self.embeddings(input_ids, cu_seqlens, token_type_ids, self.activation_dtype, seed)
+        for i, layer in enumerate(self.layers()):
+            stream = (i + 1) * STREAMS_PER_LAYER
+            arguments = (batch, a.heads, a.eps, a.attention_dropout_p, a.hidden_dropout_p, seed, stream)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # The seed is a tensor that is kept, so there is no generator state to save.
+                hidden = checkpoint(_run_layer, hidden, layer, arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = _run_layer(hidden, layer, arguments)
+        return hidden
+
+    def _draw_seed(self, device: torch.device) -> Tensor | None:
+        """One seed for all dropout of a forward, from torch's generator, so that its state alone fixes a step."""
+        if self.architecture.hidden_dropout_p == self.architecture.attention_dropout_p == 0.0:
+            return None
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+    @torch.compiler.disable
+    def _prepare(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids: Tensor | None
+    ) -> PackedBatch:
+        """Check the batch, and plan what depends on its lengths alone."""
+        if self.activation_dtype not in ACTIVATION_DTYPES:
+            raise ValueError(f"activation_dtype: expected one of {ACTIVATION_DTYPES}, got {self.activation_dtype}")
+        parameters = self.embeddings.word_embeddings.weight.dtype
+        if parameters != torch.promote_types(self.activation_dtype, torch.float32):
+            raise TypeError(
+                f"parameters: expected float32 (float64 with activation_dtype float64), got {parameters} with "
+                f"activation_dtype {self.activation_dtype}; half precision is chosen by activation_dtype alone"
+            )
+        lengths = check_packed(input_ids, cu_seqlens, max_seqlen)
+        longest = max(lengths, default=0)
+        a = self.architecture
+        if longest > a.longest:
+            offset = f" - {a.position_offset}" if a.position_offset else ""
+            raise ValueError(
+                f"cu_seqlens: expected sequences of at most {a.longest} tokens (max_position_embeddings{offset}), "
+                f"got one of {longest}"
+            )
+        _check_ids("input_ids", input_ids, a.vocab_size, "vocab_size")
+        if token_type_ids is not None:
+            if not a.token_types:
+                raise ValueError(f"token_type_ids: expected None, {self.config.model_type} has no token types")
+            if token_type_ids.shape != input_ids.shape:
+                raise ValueError(
+                    f"token_type_ids: expected shape {tuple(input_ids.shape)}, got {tuple(token_type_ids.shape)}"
+                )
+            _check_ids("token_type_ids", token_type_ids, a.token_types, "type_vocab_size")
+        plan = AttentionPlan.build(lengths, input_ids.device)
+        return PackedBatch(cu_seqlens, max_seqlen, plan, self.relative_bias(max(longest, 1)))
+
+
+def _run_layer(hidden: Tensor, layer: Any, arguments: tuple[Any, ...]) -> Tensor:
+    return encoder_layer(hidden, layer.weights(), *arguments)
+
+
+def _check_ids(name: str, ids: Tensor, size: int, limit_name: str) -> None:
+    if ids.device.type != "cpu" or ids.numel() == 0:  # elsewhere a check would wait for the device
+        return
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name}: expected ids from 0 to {size - 1} ({limit_name} {size}), got {wrong}")
