@@ -5,20 +5,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable
+import mmap
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
-from bench.conftest import DTYPES, Interleaved, Run, assert_close, dtype_name, training
+from bench.conftest import DTYPES, Interleaved, Limit, Run, assert_close, backward, dtype_name, training
 from triton_st import ops, reference
 
 # batch, length, width: 8 to 65,536 positions, of which about half hold a token.
 SHAPES = [(1, 8, 384), (8, 16, 384), (32, 32, 384), (128, 64, 50), (64, 128, 384), (512, 128, 384), (512, 128, 50)]
-PROBE_BYTES = 2 << 20  # of fewer bytes a probe of memory measures calls
+MEMORY_BYTES = 2 << 20  # of fewer bytes a probe of memory measures calls
+CACHE_BYTES = 64 << 20  # more than the caches hold
+
+Pool = Callable[[Tensor], Tensor]
 
 
 def plain(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -28,15 +33,48 @@ def plain(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 compiled = torch.compile(plain, dynamic=True)
+torch._functorch.config.donated_buffer = False  # else a compiled function's backward runs only once
 
 
-def memory(read: Iterable[Tensor], written: Iterable[Tensor]) -> tuple[str, Run] | None:
-    """Reading and writing as many bytes as the operator must, in one piece, in memory that is already mapped."""
-    to_read, to_write = (sum(x.numel() * x.element_size() for x in each) // 4 for each in (read, written))
-    if 4 * (to_read + to_write) < PROBE_BYTES:
+def in_turn(runs: Iterable[Run]) -> Run:
+    """Calls one of them, the next one each time. Copies of the input then come from memory, not from a cache."""
+    turn = itertools.cycle(runs)
+    return lambda: next(turn)()
+
+
+def copies(size: int) -> int:
+    """How many inputs of `size` bytes are more than the caches hold; 1 if they are too small to ask for memory."""
+    return -(-CACHE_BYTES // size) if size >= MEMORY_BYTES else 1
+
+
+def read_memory(size: int) -> Run:
+    """Reads `size` bytes in one piece."""
+    return in_turn([torch.ones(size // 4).sum for _ in range(copies(size))])
+
+
+def write_new(size: int) -> Tensor:
+    """Makes a tensor of `size` bytes and writes it: what a gradient is, at the least."""
+    return torch.empty(size // 4).fill_(1.0)
+
+
+def write_new_huge_pages(size: int) -> Tensor:
+    """The same for large memory, which is new to the process each time: mapping it takes longer than writing it."""
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32, count=size // 4).fill_(1.0)
+
+
+def memory(read: Iterable[Tensor], written: Iterable[Tensor]) -> Limit | None:
+    """Reading and writing as many bytes as the operator must; None where they are too few to be measured."""
+    to_read, to_write = (sum(x.numel() * x.element_size() for x in each) for each in (read, written))
+    if to_read + to_write < MEMORY_BYTES:
         return None
-    source, target = torch.zeros(to_read), torch.zeros(to_write)
-    return "reading and writing as many bytes", lambda: (source.sum(), target.fill_(1.0))
+    reading = read_memory(to_read)
+    return (
+        "reading as many bytes and writing as many to a new tensor",
+        lambda: (reading(), write_new(to_write)),
+        lambda: (reading(), write_new_huge_pages(to_write)),
+    )
 
 
 def batch(
@@ -53,23 +91,28 @@ def batch(
     return hidden.to(device), mask.long().to(device), hidden[mask].to(device), cu_seqlens.to(device)
 
 
-def peers(mask: Tensor, dim: int, hidden: Tensor, train: bool) -> dict[str, Run]:
+def peers(mask: Tensor, dim: int) -> dict[str, Pool]:
+    """What pools padded states today."""
     pooling = Pooling(dim)
-
-    def sentence_transformers(states: Tensor) -> Tensor:
-        return pooling({"token_embeddings": states, "attention_mask": mask})["sentence_embedding"]
-
-    functions = {
-        "sentence-transformers Pooling": sentence_transformers,
+    return {
+        "sentence-transformers Pooling": lambda states: pooling({"token_embeddings": states, "attention_mask": mask})[
+            "sentence_embedding"
+        ],
         "PyTorch": lambda states: plain(states, mask),
         "torch.compile": lambda states: compiled(states, mask),
     }
-    if train:
-        return {name: training(function, hidden) for name, function in functions.items()}
-    return {name: lambda function=function: function(hidden) for name, function in functions.items()}  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+def in_direction(direction: str, pool: Pool, states: Tensor) -> Run:
+    if direction == "backward":
+        return backward(pool, states)
+    inputs = [states.clone() for _ in range(copies(states.numel() * states.element_size()))]
+    if direction == "forward":
+        return in_turn([functools.partial(pool, x) for x in inputs])
+    return in_turn([training(pool, x) for x in inputs])
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward and backward"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", ["masked", "packed"])
@@ -83,7 +126,6 @@ def test_mean_pool(
 ) -> None:
     """Packed pooling has no peer: it is held against padded ones on the same sentences."""
     hidden, mask, tokens, cu_seqlens = batch(shape, dtype, device)
-    train = direction != "forward"
 
     def masked(states: Tensor) -> Tensor:
         return ops.masked_mean_pool(states, mask)
@@ -93,16 +135,20 @@ def test_mean_pool(
 
     ours, states, layout_tensor = (masked, hidden, mask) if layout == "masked" else (packed, tokens, cu_seqlens)
     pooled = hidden[:, 0]
-    read, written = [tokens, layout_tensor], [pooled]
-    if train:
-        read, written = [*read, layout_tensor, pooled], [*written, states]
-    with torch.set_grad_enabled(train):
+    forward, reverse = ([tokens, layout_tensor], [pooled]), ([pooled, layout_tensor], [states])
+    limit = None
+    if device.type == "cpu":
+        moved = {"forward": forward, "backward": reverse}.get(
+            direction, (forward[0] + reverse[0], forward[1] + reverse[1])
+        )
+        limit = memory(*moved)
+    with torch.set_grad_enabled(direction != "forward"):
         exact = reference.masked_mean_pool(hidden.double(), mask)
         assert_close(ours(states).detach(), exact)
         interleaved(
-            training(ours, states) if train else lambda: ours(states),
-            peers(mask, shape[2], hidden, train),
-            limit=memory(read, written) if device.type == "cpu" else None,
+            in_direction(direction, ours, states),
+            {name: in_direction(direction, pool, hidden) for name, pool in peers(mask, shape[2]).items()},
+            limit=limit,
             operator=f"{layout}_mean_pool",
             shape=dict(zip(("batch", "length", "width"), shape, strict=True)),
             dtype=dtype_name(dtype),

@@ -12,8 +12,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+from typing_extensions import Unpack
 
 Run = Callable[[], object]
+Limit = tuple[str, Unpack[tuple[Run, ...]]]
+"""What is done, and one or more ways of doing it."""
 SECONDS_PER_CASE = 0.6
 LEAST_ROUND = 2e-4  # seconds; shorter functions run several times a round
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,9 +51,7 @@ def _time(run: Run, calls: int) -> float:
 class Interleaved(Protocol):
     """The type of the fixture below."""
 
-    def __call__(
-        self, ours: Run, peers: Mapping[str, Run], *, limit: tuple[str, Run] | None = None, **info: Any
-    ) -> None:
+    def __call__(self, ours: Run, peers: Mapping[str, Run], *, limit: Limit | None = None, **info: Any) -> None:
         """Time `ours`, each peer and the limit in turns."""
 
 
@@ -58,14 +59,15 @@ class Interleaved(Protocol):
 def interleaved(benchmark: BenchmarkFixture) -> Interleaved:
     """Time functions in turns, so that what else the machine does meets them all, and record medians in extra_info.
 
-    `limit` is a name and a function that does the least that the work needs (moves its bytes, multiplies its matrices):
-    ours takes at best as long. Parity is the caller's to assert beforehand. `info` is recorded as it is.
+    `limit` is a name and functions that do the least that the work needs (move its bytes, multiply its matrices): ours
+    takes at best as long as the quickest of them. Parity is the caller's to assert beforehand. `info` is recorded as
+    it is.
     """
 
-    def measure(ours: Run, peers: Mapping[str, Run], *, limit: tuple[str, Run] | None = None, **info: Any) -> None:
+    def measure(ours: Run, peers: Mapping[str, Run], *, limit: Limit | None = None, **info: Any) -> None:
         runs: dict[str, Run] = {"triton_st": ours, **peers}
-        if limit is not None:
-            runs["limit"] = limit[1]
+        limits = [f"limit {i}" for i in range(len(limit) - 1)] if limit else []
+        runs.update(zip(limits, limit[1:] if limit else (), strict=True))
         for run in runs.values():  # compilation, first touch of memory
             run()
         once = {name: max(_time(run, 1), 1e-7) for name, run in runs.items()}
@@ -77,7 +79,7 @@ def interleaved(benchmark: BenchmarkFixture) -> Interleaved:
             for name, run in runs.items():
                 samples[name].append(_time(run, calls[name]))
         medians = {name: statistics.median(each) for name, each in samples.items()}
-        limit_seconds = medians.pop("limit", None)
+        limit_seconds = min((medians.pop(name) for name in limits), default=None)
         benchmark.extra_info |= {
             **info,
             "threads": torch.get_num_threads(),
@@ -102,6 +104,14 @@ def training(function: Callable[..., Tensor], *leaves: Tensor) -> Run:
         return torch.autograd.grad(result, leaves, torch.ones_like(result))
 
     return run
+
+
+def backward(function: Callable[..., Tensor], *leaves: Tensor) -> Run:
+    """Backward of `function` alone, again and again through one graph, with a gradient of ones."""
+    leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in leaves)
+    result = function(*leaves)
+    ones = torch.ones_like(result)
+    return lambda: torch.autograd.grad(result, leaves, ones, retain_graph=True)
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:

@@ -370,16 +370,15 @@ Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_
     const Matrix<const T> gradient = matrix<T>(grad);
     char* output = reinterpret_cast<char*>(data<T>(out));
     const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T)), pieces = mask.pieces();
-    std::vector<int64_t> counts(b_count);
-    parallel(b_count, b_count * length / 2, [&](int64_t b) {
-      counts[b] = mask.runs(b, 0, length, [](int64_t, int64_t) {});
-    });
+    auto count = [&](int64_t b) { return mask.runs(b, 0, length, [](int64_t, int64_t) {}); };
+    std::vector<int64_t> counts(pieces > 1 ? b_count : 0);
+    if (pieces > 1) parallel(b_count, b_count * length / 2, [&](int64_t b) { counts[b] = count(b); });
     const int64_t piece_bytes = std::min(length, kPiece) * row_bytes;
     const int64_t group = std::max<int64_t>(kUnitBytes / piece_bytes, 1), total = b_count * pieces;
     parallel(ceil_div(total, group), total * piece_bytes / kBytesPerNanosecond, [&](int64_t unit) {
       for (int64_t piece = unit * group; piece < std::min((unit + 1) * group, total); ++piece) {
         const int64_t b = piece / pieces, begin = piece % pieces * kPiece, end = std::min(begin + kPiece, length);
-        const Share<T> share(gradient.row(b), counts[b], d);
+        const Share<T> share(gradient.row(b), pieces > 1 ? counts[b] : count(b), d);
         char* p = output + (b * length + begin) * row_bytes;
         int64_t done = 0;
         mask.runs(b, begin, end, [&](int64_t run, int64_t n) {
