@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "sequences.h"
 #include "tensor.h"
 
 namespace triton_st {
@@ -230,44 +231,6 @@ Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
 
 // --- packed sequences ---
 
-// Sequence s is tokens [start(s), start(s + 1)) of a packed batch.
-class Sequences {
- public:
-  Sequences(const Tensor& cu_seqlens, int64_t tokens) : starts_(cu_seqlens.size(0)) {
-    const int64_t stride = cu_seqlens.stride(0);
-    const void* source = cu_seqlens.const_data_ptr();
-    auto copy = [&](const auto* from) {
-      for (int64_t s = 0; s <= count(); ++s) starts_[s] = from[s * stride];
-    };
-    if (cu_seqlens.element_size() == 8) {
-      copy(static_cast<const int64_t*>(source));
-    } else {
-      copy(static_cast<const int32_t*>(source));
-    }
-    bool valid = true;
-    for (int64_t s = 0; s < count(); ++s) {
-      valid = valid && length(s) >= 0;
-      longest_ = std::max(longest_, length(s));
-    }
-    STD_TORCH_CHECK(valid && starts_.front() == 0 && starts_.back() == tokens,
-                    "cu_seqlens must ascend from 0 to the number of tokens, ", tokens);
-  }
-
-  int64_t count() const { return static_cast<int64_t>(starts_.size()) - 1; }
-  int64_t tokens() const { return starts_.back(); }
-  int64_t start(int64_t s) const { return starts_[s]; }
-  int64_t length(int64_t s) const { return starts_[s + 1] - starts_[s]; }
-  int64_t longest() const { return longest_; }
-  // The first sequence that starts at `token` or after it.
-  int64_t first_from(int64_t token) const {
-    return std::lower_bound(starts_.begin(), starts_.end() - 1, token) - starts_.begin();
-  }
-
- private:
-  std::vector<int64_t> starts_;
-  int64_t longest_ = 0;
-};
-
 Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
   const Tensor hidden = dense_rows(hidden_in);
   const Sequences sequences(cu_seqlens, hidden.size(0));
@@ -370,15 +333,16 @@ Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_
     const Matrix<const T> gradient = matrix<T>(grad);
     char* output = reinterpret_cast<char*>(data<T>(out));
     const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T)), pieces = mask.pieces();
-    auto count = [&](int64_t b) { return mask.runs(b, 0, length, [](int64_t, int64_t) {}); };
-    std::vector<int64_t> counts(pieces > 1 ? b_count : 0);
-    if (pieces > 1) parallel(b_count, b_count * length / 2, [&](int64_t b) { counts[b] = count(b); });
+    std::vector<int64_t> counts(b_count);
+    parallel(b_count, b_count * length / 2, [&](int64_t b) {
+      counts[b] = mask.runs(b, 0, length, [](int64_t, int64_t) {});
+    });
     const int64_t piece_bytes = std::min(length, kPiece) * row_bytes;
     const int64_t group = std::max<int64_t>(kUnitBytes / piece_bytes, 1), total = b_count * pieces;
     parallel(ceil_div(total, group), total * piece_bytes / kBytesPerNanosecond, [&](int64_t unit) {
       for (int64_t piece = unit * group; piece < std::min((unit + 1) * group, total); ++piece) {
         const int64_t b = piece / pieces, begin = piece % pieces * kPiece, end = std::min(begin + kPiece, length);
-        const Share<T> share(gradient.row(b), pieces > 1 ? counts[b] : count(b), d);
+        const Share<T> share(gradient.row(b), counts[b], d);
         char* p = output + (b * length + begin) * row_bytes;
         int64_t done = 0;
         mask.runs(b, begin, end, [&](int64_t run, int64_t n) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -201,6 +202,37 @@ inline Vec exp(Vec x) {
   const Ints first = power >> 1;
   return p * as_floats((first + 127) << 23) * as_floats((power - first + 127) << 23);
 #endif
+}
+
+// ln x within 2 ulp for normal x > 0; NaN at NaN. (What is not normal or not positive is not served.)
+inline Vec log(Vec x) {
+  // x = m · 2^e with √½ ≤ m < √2
+  const Ints bits = as_ints(x) - 0x3f3504f3;
+  const Vec e = __builtin_convertvector(bits >> 23, Vec);
+  const Vec r = as_floats((bits & 0x007fffff) + 0x3f3504f3) - 1.f;
+  Vec p = splat(7.0376836292e-2f);
+  p = fma(p, r, splat(-1.1514610310e-1f));
+  p = fma(p, r, splat(1.1676998740e-1f));
+  p = fma(p, r, splat(-1.2420140846e-1f));
+  p = fma(p, r, splat(1.4249322787e-1f));
+  p = fma(p, r, splat(-1.6668057665e-1f));
+  p = fma(p, r, splat(2.0000714765e-1f));
+  p = fma(p, r, splat(-2.4999993993e-1f));
+  p = fma(p, r, splat(3.3333331174e-1f));
+  const Vec square = r * r;
+  p = fma(e, splat(-2.12194440e-4f), p * r * square);
+  const Vec result = fma(e, splat(0.693359375f), r + fma(square, splat(-0.5f), p));
+  return x == x ? result : x;
+}
+
+// A finite number past fp16's range becomes the largest that T holds. For activations alone: a gradient that overflows
+// must show.
+template <class T>
+inline Vec saturated(Vec x) {
+  if constexpr (!std::is_same_v<T, Half>) return x;
+  const Vec limit = splat(65504.f), size = absolute(x);
+  const Vec clamped = size > limit ? as_floats(as_ints(limit) | (as_ints(x) & std::numeric_limits<int32_t>::min())) : x;
+  return size < splat(std::numeric_limits<float>::infinity()) ? clamped : x;
 }
 
 // Transposes a square of kWidth × kWidth lanes.
