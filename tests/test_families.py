@@ -151,3 +151,82 @@ def test_configs_of_other_families_are_refused_by_their_own_field_names():
         models.RobertaModel(transformers.RobertaConfig(**SIZES | {"pad_token_id": None}))
     with pytest.raises(ValueError, match=r"config.relative_attention_num_buckets: expected at least 32, got 8"):
         models.MPNetModel(transformers.MPNetConfig(**SIZES, relative_attention_num_buckets=8))
+
+
+# --- dropout, gradient checkpointing, torch.compile ------------------------------------------------------------------
+
+
+def _step(model: models.PackedEncoder, seed: int = 3) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Outputs and gradients of one training step whose random numbers come from `seed`."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    hidden = model(**_batch())
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    (hidden.float() * weight).sum().backward()
+    return hidden.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_repeats_the_same_bits(family, dtype):
+    ours, _ = _pair(family)
+    ours.train().activation_dtype = dtype
+    hidden, gradients = _step(ours)
+    ours.gradient_checkpointing_enable()
+    again, gradients_again = _step(ours)
+    assert torch.equal(hidden, again)
+    assert gradients.keys() == gradients_again.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, gradients_again[name]), name
+    ours.gradient_checkpointing_disable()
+    assert not ours.gradient_checkpointing
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_follows_the_generator_and_the_mode(family):
+    ours, _ = _pair(family)
+    evaluated = ours(**_batch())
+    ours.train()
+    (first, gradients), (same, same_gradients), (other, _) = _step(ours), _step(ours), _step(ours, seed=4)
+    assert torch.equal(first, same)
+    assert all(torch.equal(gradient, same_gradients[name]) for name, gradient in gradients.items())
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, evaluated)
+    state = torch.get_rng_state()
+    assert torch.equal(ours(**_batch(), dropout=False), evaluated)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_under_dropout_are_distributed_as_transformers(family):
+    """Mean and deviation of every output number over many draws: other random numbers, the same distribution."""
+    ours, theirs = _pair(family)
+    features, draws = pack([[7, 8, 9, 10], [11, 12]]), 400
+    torch.manual_seed(0)
+    with torch.no_grad():
+        samples = torch.stack([ours.train()(**features) for _ in range(draws)])
+        theirs.train()
+        wanted = torch.stack([transformers_states(theirs, features) for _ in range(draws)])
+    error = (samples.var(0) / draws + wanted.var(0) / draws).sqrt()
+    z = (samples.mean(0) - wanted.mean(0)) / error
+    assert z.square().mean() < 1.5  # 1 in expectation; 300 numbers, not independent
+    assert z.abs().max() < 5
+    assert (samples.std(0) / wanted.std(0)).log().abs().mean() < 0.06
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_model_equals_eager(family):
+    ours, _ = _pair(family)
+    features = _batch()
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager")
+    wanted, hidden = ours(**features), compiled(**features)
+    torch.testing.assert_close(hidden, wanted, rtol=0, atol=1e-5)
+    weights = [p for p in ours.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(hidden.square().sum(), weights, allow_unused=True)
+    wanted_gradients = torch.autograd.grad(wanted.square().sum(), weights, allow_unused=True)
+    for gradient, expected in zip(gradients, wanted_gradients, strict=True):
+        assert (gradient is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-3)

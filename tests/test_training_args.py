@@ -65,7 +65,7 @@ def test_one_warning_names_all_that_has_no_effect() -> None:
 def test_each_argument_without_effect_is_taken_and_named(name: str) -> None:
     default = ACCEPTED_WITHOUT_EFFECT[name][0]
     value = OTHER_VALUES.get(name, (not default) if isinstance(default, bool) else "x" if default is None else 7)
-    if name in ("activation_checkpointing", "gradient_checkpointing", "prediction_loss_only", "ddp_broadcast_buffers"):
+    if name in ("prediction_loss_only", "ddp_broadcast_buffers"):
         value = {"prediction_loss_only": "x"}.get(name, True)  # ST itself sets these to the other bool
     with pytest.warns(UserWarning, match=f"without effect here: {name} "):
         assert getattr(SentenceTransformerTrainingArguments(**{name: value}), name) == value
@@ -98,6 +98,13 @@ def test_older_name_of_eval_strategy_is_taken() -> None:
         args = SentenceTransformerTrainingArguments(evaluation_strategy="epoch")
     assert args.eval_strategy == "epoch"
     assert args.do_eval
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_has_two_names(name: str) -> None:
+    for value in (True, False, None):
+        args = SentenceTransformerTrainingArguments(**{name: value})
+        assert args.activation_checkpointing is args.gradient_checkpointing is bool(value)
 
 
 def test_eval_steps_fall_back_to_logging_steps() -> None:

@@ -283,6 +283,14 @@ class SentenceTransformer(nn.Module):
         finally:
             self.encoder.activation_dtype = previous
 
+    def gradient_checkpointing_enable(self) -> None:
+        """As the encoder's: training keeps each layer's input alone and computes the layer again in backward."""
+        self.encoder.gradient_checkpointing_enable()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what backward needs, as by default."""
+        self.encoder.gradient_checkpointing_disable()
+
     # --- encode -------------------------------------------------------------------------------------------------------
 
     def encode(

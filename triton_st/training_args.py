@@ -44,7 +44,7 @@ _HUB = "nothing is uploaded; the saved folder can be pushed with huggingface_hub
 _CONSOLE = "logging is the standard library's: use logging.getLogger('triton_st').setLevel(...)"
 _EVALUATION = "evaluation runs in float32 and keeps no logits"
 _DISTRIBUTED = "one process trains on one device"
-_MEMORY = "packed activations are kept, not computed again"
+_CHECKPOINTS = "every layer is checkpointed"
 _COMPILE = "the operators are compiled already"
 _FOLLOWS_HUB = "hub settings need push_to_hub"
 
@@ -55,10 +55,8 @@ ACCEPTED_WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "average_tokens_across_devices": (True, _DISTRIBUTED),
     "bf16_full_eval": (False, _EVALUATION),
     "fp16_full_eval": (False, _EVALUATION),
-    "activation_checkpointing": (None, _MEMORY),
-    "activation_checkpointing_kwargs": (None, _MEMORY),
-    "gradient_checkpointing": (None, _MEMORY),
-    "gradient_checkpointing_kwargs": (None, _MEMORY),
+    "activation_checkpointing_kwargs": (None, _CHECKPOINTS),
+    "gradient_checkpointing_kwargs": (None, _CHECKPOINTS),
     "torch_compile": (False, _COMPILE),
     "torch_compile_backend": (None, _COMPILE),
     "torch_compile_mode": (None, _COMPILE),
@@ -122,8 +120,6 @@ _SAME_AS_DEFAULT: dict[str, tuple[Any, ...]] = {
     "include_for_metrics": (None,),
     "prediction_loss_only": (True,),
     "ddp_broadcast_buffers": (False,),
-    "activation_checkpointing": (False,),
-    "gradient_checkpointing": (False,),
     "multi_dataset_batch_sampler": (MultiDatasetBatchSamplers.PROPORTIONAL.value,),
 }
 
@@ -196,6 +192,10 @@ class SentenceTransformerTrainingArguments(_OtherArguments):
     fp16: bool = _field(False, "Half activations, float32 weights and loss, dynamic loss scaling; also on CPU.")
     bf16: bool = _field(False, "bfloat16 activations, float32 weights and loss; also on CPU.")
     tf32: bool | None = _field(None, "TF32 matrix products on CUDA while training; None leaves torch's setting.")
+    activation_checkpointing: bool | None = _field(
+        None, "Keep each layer's input alone and compute the layer again in backward: less memory, the same bits."
+    )
+    gradient_checkpointing: bool | None = _field(None, "Older name of activation_checkpointing.")
     use_cpu: bool = _field(False, "Train on the CPU although an accelerator is there.")
 
     seed: int = _field(42, "Seed of dropout, and of the batches unless data_seed is given.")
@@ -261,6 +261,9 @@ class SentenceTransformerTrainingArguments(_OtherArguments):
             self.batch_sampler = _enum("batch_sampler", self.batch_sampler, BatchSamplers)
         if isinstance(self.include_num_input_tokens_seen, bool):
             self.include_num_input_tokens_seen = "all" if self.include_num_input_tokens_seen else "no"
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = bool(self.gradient_checkpointing)
+        self.gradient_checkpointing = self.activation_checkpointing
         self.disable_tqdm = bool(self.disable_tqdm)
         self.do_eval = self.do_eval or self.eval_strategy != IntervalStrategy.NO
         if self.eval_strategy == IntervalStrategy.STEPS and not self.eval_steps:

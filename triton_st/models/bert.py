@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import nn
 from transformers import BertConfig, PretrainedConfig, RobertaConfig, XLMRobertaConfig
 
-from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, Pooler, layer_weights
+from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, Pooler, weights_of
 
 
 class BertSelfAttention(nn.Module):
@@ -66,7 +66,7 @@ class BertLayer(EncoderLayer):
     def weights(self) -> LayerWeights:
         """As `EncoderLayer`."""
         projections, attention_output = self.attention.self, self.attention.output
-        return layer_weights(
+        return weights_of(
             projections.query,
             projections.key,
             projections.value,

@@ -56,7 +56,7 @@ def load_encoder(folder: str | Path) -> PackedEncoder:
         config = family.config_class.from_dict(config_fields)
     except Exception as error:  # transformers' validation has error types of its own
         raise ValueError(f"{config_path}: not a configuration of type {model_type} ({error})") from error
-    state = _canonical(_read_weights(folder))
+    state = _canonical(read_weights(folder))
     with torch.device("meta"):
         model = family(config)
     if "pooler.dense.weight" not in state:
@@ -69,7 +69,8 @@ def load_encoder(folder: str | Path) -> PackedEncoder:
     return model.eval()
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of `model.safetensors` or `pytorch_model.bin` in a folder, whole or in indexed shards."""
     for name in _WEIGHTS:
         whole, index = folder / name, folder / f"{name}.index.json"
         if whole.is_file():

@@ -1,5 +1,7 @@
 """DistilBERT under transformers' parameter names: BERT's layers, no token types, no pooler.
 
+Nothing of attention's result is dropped, unlike BERT's.
+
 Reference: Sanh et al., "DistilBERT", https://arxiv.org/abs/1910.01108.
 """
 
@@ -10,7 +12,7 @@ from typing import ClassVar
 from torch import nn
 from transformers import DistilBertConfig, PretrainedConfig
 
-from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, layer_weights
+from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, weights_of
 
 
 class DistilBertSelfAttention(nn.Module):
@@ -47,7 +49,7 @@ class DistilBertLayer(EncoderLayer):
     def weights(self) -> LayerWeights:
         """As `EncoderLayer`."""
         attention = self.attention
-        return layer_weights(
+        return weights_of(
             attention.q_lin,
             attention.k_lin,
             attention.v_lin,
@@ -85,6 +87,7 @@ class DistilBertModel(PackedEncoder):
         "hidden_act": "activation",
         "layer_norm_eps": None,
         "type_vocab_size": None,
+        "projection_dropout_prob": None,
     }
 
     def __init__(self, config: PretrainedConfig) -> None:

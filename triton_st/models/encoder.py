@@ -44,8 +44,9 @@ class Architecture:
     token_types: int  # 0: the family has none
     padding_id: int | None
     eps: float
-    hidden_dropout_p: float
-    attention_dropout_p: float
+    attention_dropout_p: float  # of attention weights
+    projection_dropout_p: float  # of attention's result
+    hidden_dropout_p: float  # of the embeddings and of the feed-forward block's result
     initializer_range: float
     position_offset: int = 0
 
@@ -56,7 +57,11 @@ class Architecture:
 
     @staticmethod
     def read(config: PretrainedConfig, names: Mapping[str, str | None], position_offset: int = 0) -> Architecture:
-        """Read and check `config`; `names` maps BERT's field names to the family's, None where it has no such field."""
+        """Read and check `config`.
+
+        `names` maps BERT's field names to the family's, None where it has no such field; "projection_dropout_prob", for
+        which BERT has no field of its own, to None where the family drops nothing of attention's result.
+        """
 
         def field(name: str) -> Any:
             return getattr(config, names.get(name) or name)
@@ -98,55 +103,38 @@ class Architecture:
             token_types=config.type_vocab_size if typed else 0,
             padding_id=position_offset - 1 if position_offset else config.pad_token_id,
             eps=field("layer_norm_eps") if names.get("layer_norm_eps", "") is not None else 1e-12,
-            hidden_dropout_p=field("hidden_dropout_prob"),
             attention_dropout_p=field("attention_probs_dropout_prob"),
+            projection_dropout_p=field("hidden_dropout_prob") if "projection_dropout_prob" not in names else 0.0,
+            hidden_dropout_p=field("hidden_dropout_prob"),
             initializer_range=config.initializer_range,
             position_offset=position_offset,
         )
 
 
 class LayerWeights(NamedTuple):
-    """Parameters of one layer: [out, in] weights, float32 (float64 in a float64 model)."""
+    """Parameters of one layer: weights [out, in] and biases [out], float32 (float64 in a float64 model)."""
 
-    qkv_weight: Tensor  # [3 D, D]: query, key, value
-    qkv_bias: Tensor  # [3 D]
-    attention_output_weight: Tensor  # [D, D]
-    attention_output_bias: Tensor  # [D]
-    attention_norm_weight: Tensor  # [D]
-    attention_norm_bias: Tensor  # [D]
-    intermediate_weight: Tensor  # [I, D]
-    intermediate_bias: Tensor  # [I]
-    output_weight: Tensor  # [D, I]
-    output_bias: Tensor  # [D]
-    output_norm_weight: Tensor  # [D]
-    output_norm_bias: Tensor  # [D]
+    query_weight: Tensor
+    query_bias: Tensor
+    key_weight: Tensor
+    key_bias: Tensor
+    value_weight: Tensor
+    value_bias: Tensor
+    projection_weight: Tensor
+    projection_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    output_norm_weight: Tensor
+    output_norm_bias: Tensor
 
 
-def layer_weights(
-    query: nn.Linear,
-    key: nn.Linear,
-    value: nn.Linear,
-    attention_output: nn.Linear,
-    attention_norm: nn.LayerNorm,
-    intermediate: nn.Linear,
-    output: nn.Linear,
-    output_norm: nn.LayerNorm,
-) -> LayerWeights:
-    """The parameters of one layer's modules; query, key and value are joined without a copy."""
-    return LayerWeights(
-        joined(query.weight, key.weight, value.weight),
-        joined(query.bias, key.bias, value.bias),
-        attention_output.weight,
-        attention_output.bias,
-        attention_norm.weight,
-        attention_norm.bias,
-        intermediate.weight,
-        intermediate.bias,
-        output.weight,
-        output.bias,
-        output_norm.weight,
-        output_norm.bias,
-    )
+def weights_of(*modules: nn.Linear | nn.LayerNorm) -> LayerWeights:
+    """The parameters of a layer's modules: query, key, value, projection, LayerNorm, up, down, LayerNorm."""
+    return LayerWeights(*(parameter for module in modules for parameter in (module.weight, module.bias)))
 
 
 class EncoderLayer(nn.Module):
@@ -174,6 +162,7 @@ def encoder_layer(
     heads: int,
     eps: float,
     attention_dropout_p: float,
+    projection_dropout_p: float,
     hidden_dropout_p: float,
     seed: Tensor | None,
     stream: int,
@@ -186,8 +175,8 @@ def encoder_layer(
         batch: the sequences.
         heads: attention heads H; D = H * d.
         eps: of both LayerNorms.
-        attention_dropout_p, hidden_dropout_p: probabilities of dropping an attention weight, and an element of what
-            is added to the residual; without effect if `seed` is None.
+        attention_dropout_p, projection_dropout_p, hidden_dropout_p: probabilities of dropping an attention weight, an
+            element of attention's result and one of the feed-forward block's; without effect if `seed` is None.
         seed: int64 scalar, or None for no dropout.
         stream: first of the layer's streams of random numbers: attention weights, then attention output (+ 1), then
             the feed-forward block's output (+ 2).
@@ -196,16 +185,18 @@ def encoder_layer(
         [T, D] in hidden's dtype.
     """
     if seed is None:
-        attention_dropout_p = hidden_dropout_p = 0.0
+        attention_dropout_p = projection_dropout_p = hidden_dropout_p = 0.0
     w = weights
+    qkv_weight = joined(w.query_weight, w.key_weight, w.value_weight)
+    qkv_bias = joined(w.query_bias, w.key_bias, w.value_bias)
     sums = torch.promote_types(hidden.dtype, torch.float32)  # what is about to be added to the residual is never half
-    qkv = linear(hidden, w.qkv_weight, w.qkv_bias).view(hidden.shape[0], 3, heads, hidden.shape[1] // heads)
+    qkv = linear(hidden, qkv_weight, qkv_bias).view(hidden.shape[0], 3, heads, hidden.shape[1] // heads)
     attended = packed_attention(qkv, batch.plan, attention_dropout_p, seed, stream, batch.relative_bias)
-    attended = linear(attended, w.attention_output_weight, w.attention_output_bias, sums)
+    attended = linear(attended, w.projection_weight, w.projection_bias, sums)
     hidden = dropout_add_layer_norm(
-        attended, hidden, w.attention_norm_weight, w.attention_norm_bias, eps, hidden_dropout_p, seed, stream + 1
+        attended, hidden, w.attention_norm_weight, w.attention_norm_bias, eps, projection_dropout_p, seed, stream + 1
     )
-    fed = feed_forward(hidden, w.intermediate_weight, w.intermediate_bias, w.output_weight, w.output_bias, sums)
+    fed = feed_forward(hidden, w.up_weight, w.up_bias, w.down_weight, w.down_bias, sums)
     return dropout_add_layer_norm(
         fed, hidden, w.output_norm_weight, w.output_norm_bias, eps, hidden_dropout_p, seed, stream + 2
     )
@@ -350,7 +341,8 @@ class PackedEncoder(nn.Module):
         hidden = self.embeddings(input_ids, cu_seqlens, token_type_ids, self.activation_dtype, seed)
         for i, layer in enumerate(self.layers()):
             stream = (i + 1) * STREAMS_PER_LAYER
-            arguments = (batch, a.heads, a.eps, a.attention_dropout_p, a.hidden_dropout_p, seed, stream)
+            dropouts = (a.attention_dropout_p, a.projection_dropout_p, a.hidden_dropout_p)
+            arguments = (batch, a.heads, a.eps, *dropouts, seed, stream)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # The seed is a tensor that is kept, so there is no generator state to save.
                 hidden = checkpoint(_run_layer, hidden, layer, arguments, use_reentrant=False, preserve_rng_state=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MPNetConfig, PretrainedConfig
 
 from triton_st.models.bert import BertIntermediate, BertOutput
-from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, Pooler, layer_weights
+from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, Pooler, weights_of
 
 _PADDING_ID = 1
 """transformers' MPNet has it whatever the config says; positions count from the next."""
@@ -55,7 +55,7 @@ class MPNetLayer(EncoderLayer):
     def weights(self) -> LayerWeights:
         """As `EncoderLayer`."""
         projections = self.attention.attn
-        return layer_weights(
+        return weights_of(
             projections.q,
             projections.k,
             projections.v,

@@ -87,6 +87,8 @@ class SentenceTransformerTrainer:
             raise ValueError(f"`eval_strategy={strategy!r}` needs an eval_dataset or an evaluator")
         self.args = args
         self.model = model.to(args.device)
+        if args.activation_checkpointing:
+            model.gradient_checkpointing_enable()
         self.loss = self._prepare_loss(loss)
         self.evaluator = SequentialEvaluator(list(evaluator)) if isinstance(evaluator, (list, tuple)) else evaluator
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
