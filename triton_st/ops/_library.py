@@ -24,7 +24,7 @@ def call(name: str, *args: Any, checked: bool = False) -> Any:
     The dispatcher's way through rules written in Python takes 50 µs forward and backward, which is most of the time of
     a small batch. It is needed where someone listens in (torch.compile, functorch, fake or other special tensors).
     """
-    if torch.compiler.is_compiling() or _observed():
+    if observed():
         return getattr(torch.ops.triton_st, name)(*args)
     wants_grad = False
     for x in args:
@@ -49,8 +49,9 @@ _LISTENERS = [
 ]
 
 
-def _observed() -> bool:
-    return any(listens() for listens in _LISTENERS)
+def observed() -> bool:
+    """Whether someone listens to what the dispatcher is asked for."""
+    return torch.compiler.is_compiling() or any(listens() for listens in _LISTENERS)
 
 
 def define(
@@ -59,14 +60,16 @@ def define(
     check: Callable[..., None],
     fake: Callable[..., Any],
     check_values: Callable[..., object] | None = None,
-) -> None:
-    """Register one operator.
+    compute: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register one operator, and return what computes it once its arguments are checked.
 
     Args:
         schema: e.g. `packed_mean_pool(Tensor hidden, Tensor cu_seqlens) -> Tensor`.
         check: raises on wrong shapes, dtypes or devices; reads no values, so it also runs on fake tensors.
         fake: the results' shapes and dtypes, for tracing.
         check_values: raises on wrong values; runs on CPU tensors only, where it costs no synchronisation.
+        compute: what computes it, for an operator made of other operators; else the backend's function of its name.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -76,7 +79,7 @@ def define(
         first: Tensor = args[0]
         if check_values is not None and first.device.type == "cpu":
             check_values(*args)
-        return backend.kernel(name, first)(*args)
+        return (compute or backend.kernel(name, first))(*args)
 
     _implementations[name] = implementation
 
@@ -87,6 +90,7 @@ def define(
     # One kernel for all devices: a key holds one kernel, and which backend runs is a matter of the tensor, not the key.
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"triton_st::{name}", checked_fake, lib=LIBRARY)
+    return implementation
 
 
 def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None], *, by: str) -> None:

@@ -54,7 +54,7 @@ def check(
     if targets is None:
         _check_batch(b, m, d, all_queries, offset)
     else:
-        _require_vector("targets", targets, b, torch.int64, queries)
+        require_vector("targets", targets, b, torch.int64, queries)
         if m == 0:
             raise ValueError("documents must have at least one row, got none")
         if directions != QUERY_TO_DOC:
@@ -65,14 +65,10 @@ def check(
             raise ValueError(
                 "targets do not go with hardness_mode='hard_negatives': they do not say whose a negative is"
             )
-    if scale.dim():
-        _require_vector("scale", scale, b, torch.float32, queries)
-    else:
-        require_device("queries", queries, scale=scale)
-        if scale.dtype != torch.float32:
-            raise TypeError(f"scale must be float32, got {scale.dtype}")
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    require_vector("scale", scale, b if scale.dim() else None, wide, queries)
     if row_weights is not None:
-        _require_vector("weights", row_weights, b, torch.float32, queries)
+        require_vector("weights", row_weights, b, wide, queries)
     if not (directions & QUERY_TO_DOC and 0 < directions < 16):
         raise ValueError(f"directions must be a sum of 1, which must be there, 2, 4 and 8; got {directions}")
     if not joint and directions & ~(QUERY_TO_DOC | DOC_TO_QUERY):
@@ -88,7 +84,7 @@ def check(
         raise ValueError("query_ids, document_ids and owner_ids go together")
     for name, (tensor, length) in ids.items():
         if tensor is not None:
-            _require_vector(name, tensor, length, torch.int64, queries)
+            require_vector(name, tensor, length, torch.int64, queries)
     if dims or dim_weights:
         _check_dims(dims, dim_weights, d)
 
@@ -118,22 +114,34 @@ def _check_dims(dims: Sequence[int], dim_weights: Sequence[float], d: int) -> No
         raise ValueError(f"matryoshka_weights must be {len(dims)} finite numbers, got {list(dim_weights)}")
 
 
-def _require_vector(name: str, tensor: Tensor, length: int, dtype: torch.dtype, queries: Tensor) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.shape != (length,):
-        raise ValueError(f"{name} must have shape [{length}], got {list(tensor.shape)}")
+def require_vector(name: str, tensor: Tensor, length: int | None, dtype: torch.dtype | None, queries: Tensor) -> None:
+    """`tensor` is [length] ([] for None), of `dtype` (any floating one for None), on the device of `queries`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
+        raise TypeError(f"{name} must be {dtype or 'floating-point'}, got {tensor.dtype}")
+    shape = () if length is None else (length,)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     require_device("queries", queries, **{name: tensor})
 
 
 def check_values(
-    queries: Tensor, documents: Tensor, all_queries: Tensor | None, targets: Tensor | None, offset: int, scale: Tensor,
+    queries: Tensor,
+    documents: Tensor,
+    all_queries: Tensor | None,
+    targets: Tensor | None,
+    offset: int,
+    scale: Tensor,
+    row_weights: Tensor | None,
     *rest: object,
-) -> None:  # fmt: skip
+) -> None:
     """Raise on a scale that is not positive and finite, and on targets that are no rows of `documents`."""
     good = 0 < scale.item() < math.inf if scale.dim() == 0 else bool(((scale > 0) & (scale < math.inf)).all())
     if not good:
         raise ValueError(f"scale must be finite and > 0, got {scale.tolist() if scale.dim() == 0 else scale.min()}")
+    if row_weights is not None and not row_weights.isfinite().all():
+        raise ValueError("weights must be finite, and their sum, where a mean is wanted, not 0")
     if targets is not None:
         low, high = (bound.item() for bound in torch.aminmax(targets))
         if low < 0 or high >= len(documents):

@@ -28,8 +28,7 @@ from triton_st.reference.mean_pool import (
     packed_mean_pool,
     packed_mean_pool_backward,
 )
-from triton_st.reference.mnrl_loss import mnrl_loss, mnrl_loss_backward, mnrl_loss_forward
-from triton_st.reference.mnrl_rows import mnrl_rows
+from triton_st.reference.mnrl_loss import mnrl_loss
 from triton_st.reference.mnrl_rows import mnrl_rows
 from triton_st.reference.normalize import EPS, normalize
 from triton_st.reference.packed_attention import (
@@ -56,9 +55,6 @@ __all__ = [
     "masked_mean_pool",
     "masked_mean_pool_backward",
     "mnrl_loss",
-    "mnrl_loss_backward",
-    "mnrl_loss_forward",
-    "mnrl_rows",
     "mnrl_rows",
     "normalize",
     "packed_attention",

@@ -81,7 +81,7 @@ def mnrl_rows(
         margin: None: nothing is left out by similarity.
         dims, dim_weights: losses[i] is Σ_k dim_weights[k] · the loss of the first dims[k] columns, ascending. Empty: of
             all columns, with weight 1. Masks by margin and cosines are each prefix's own.
-        gradients: whether to compute them.
+        gradients: whether to compute them here; without it, autograd can derive `losses`.
         diagnostics: whether to compute them.
 
     Returns:
@@ -152,7 +152,7 @@ def mnrl_rows(
             logit = similarity * scale[:, None]
             if bit == QUERY_TO_DOC:
                 penalised = _penalised(hardness_mode, is_target, is_own_document)
-                logit = logit + torch.where(penalised, hardness_strength * similarity, 0)
+                logit = logit + torch.where(penalised, hardness_strength * similarity.detach(), 0)
                 if diagnostics:
                     facts = _diagnostics(similarity, candidate & ~is_target, positive)
             similarities.append(similarity)
@@ -187,10 +187,9 @@ def mnrl_rows(
             grad_left[:, :dim].index_add_(0, left_at, to_left)
             grad_right[:, :dim] += to_right
 
-    nothing = q.new_empty(0)
     if not gradients:
-        return losses, nothing, nothing, nothing, nothing, facts
-    return losses, grad_q, grad_d, nothing if others is None else grad_others, grad_scale, facts
+        grad_q, grad_d, grad_others, grad_scale = (q.new_empty(0) for _ in range(4))
+    return losses, grad_q, grad_d, q.new_empty(0) if others is None else grad_others, grad_scale, facts
 
 
 def _penalised(mode: int, is_target: Tensor, is_own_document: Tensor) -> Tensor:
