@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tolerance import assert_matches_reference, assert_within_tolerance, value_and_gradients
+from triton_st import ops
 from triton_st.models import attention as attention_module
-from triton_st.models.attention import AttentionPlan, packed_attention
+from triton_st.models.attention import AttentionPlan, BiasedAttention
 from triton_st.models.functional import dropout, dropout_add_layer_norm, feed_forward, keep_mask, linear
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -99,7 +100,10 @@ def test_gradients_with_dropout_are_those_of_the_drawn_mask():
     weight, bias = (torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     seed = torch.tensor(5)
-    assert torch.autograd.gradcheck(lambda t: packed_attention(t, plan, 0.3, seed, 8), (qkv,))
+    relative_bias = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda t, bias: BiasedAttention(plan, bias)(t, 4, 0.3, seed, 8), (qkv, relative_bias)
+    )
     assert torch.autograd.gradcheck(lambda t: dropout(t, 0.3, seed), (x,))
     assert torch.autograd.gradcheck(
         lambda *args: dropout_add_layer_norm(*args, 1e-5, 0.3, seed), (x, residual, weight, bias)
@@ -167,9 +171,28 @@ def test_a_second_derivative_is_an_error_and_not_zero():
         lambda x: feed_forward(x, square, ones, square, ones),
         lambda x: dropout(x, 0.5, torch.tensor(0)),
         lambda x: dropout_add_layer_norm(x, x, ones, ones, 1e-12),
-        lambda x: packed_attention(x.view(5, 1, 2, 3).expand(5, 3, 2, 3), plan),
+        lambda x: BiasedAttention(plan, torch.zeros(2, 5))(x.view(5, 1, 2, 3).expand(5, 3, 2, 3), 3),
     ]
     for function in functions:
         (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_biased_attention_without_a_bias_is_packed_attention(dtype, dropout_p):
+    """The same scores, and the same weights dropped, head by head and token by token."""
+    lengths = [3, 1, 0, 17, 40, 2]
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 5, 10).to(dtype).requires_grad_()
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    seed = torch.tensor(-7)
+    attention = BiasedAttention(AttentionPlan.build(lengths, qkv.device), torch.zeros(5, 81))
+    found = attention(qkv, 41, dropout_p, seed, 16)
+    wanted = ops.packed_attention(qkv, cu_seqlens, 41, dropout_p, seed, 16)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    grad = torch.randn_like(found)
+    (gradient,), (expected,) = (torch.autograd.grad(out, qkv, grad) for out in (found, wanted))
+    torch.testing.assert_close(gradient, expected, rtol=4 * tolerance, atol=4 * tolerance)

@@ -1,5 +1,6 @@
-"""Self-attention over a packed batch, composed of batched products over buckets of similar length.
+"""Self-attention with a bias by relative position over a packed batch, composed of batched products.
 
+What has no such bias runs in `ops.packed_attention`, of which this is the twin: the same scores, the same dropout.
 Sequences are sorted by length and cut into a few buckets; each is gathered into [n, L, 3, H, d] (L its longest),
 attended with a key mask, and put back. The cut and the indices depend on the lengths alone, so a forward plans once for
 all its layers.
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_st.models.functional import keep_mask, store, widen
+from triton_st.reference.normalize import saturate, widen
+from triton_st.reference.philox import dropout_factor, keep_mask
 
 _BUCKET_COST = 8_000
 """What one more bucket costs, in elements of one head's score matrix; measured on two cores with short texts."""
@@ -113,59 +115,56 @@ def _with_zero_row(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
 
 
-class _PackedAttention(torch.autograd.Function):
+class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         qkv: Tensor,
+        bias: Tensor,
         plan: AttentionPlan,
+        max_seqlen: int,
         dropout_p: float,
         seed: Tensor | None,
         stream: int,
-        relative_bias: Tensor | None,
         keep: bool,
     ) -> Tensor:
-        _, _, heads, size = qkv.shape
+        tokens, _, heads, size = qkv.shape
         rows = _with_zero_row(qkv)
         outputs, saved = [], []
-        factor = 1.0
-        drawn = 0
         for bucket in plan.buckets:
             q, k, v = _split(rows, bucket)
             scores = q.mul_(1 / math.sqrt(size)) @ _t(k)  # [n, H, L, L]
-            if relative_bias is not None:
-                scores += _by_position(relative_bias, bucket.length)
+            scores += _by_position(bias, bucket.length)
             if bucket.key_bias is not None:
                 scores += bucket.key_bias
             weights = probabilities = torch.softmax(scores, -1)
             mask = None
             if dropout_p > 0.0:
-                mask, factor = keep_mask(probabilities.shape, dropout_p, seed, stream, qkv.device, drawn)
-                drawn += mask.numel()
+                assert seed is not None
+                mask = _keep_mask(bucket, tokens, heads, max_seqlen, dropout_p, seed, stream)
                 weights = probabilities * mask
-            attended = (_t(v) @ _t(weights)).mul_(factor)  # [n, H, d, L], smaller than the weights
-            outputs.append(store(attended, qkv.dtype).permute(0, 3, 1, 2).reshape(-1, heads * size))
+            attended = (_t(v) @ _t(weights)).mul_(dropout_factor(dropout_p))  # [n, H, d, L], smaller than the weights
+            outputs.append(saturate(attended, qkv.dtype).permute(0, 3, 1, 2).reshape(-1, heads * size))
             if keep:
                 saved += [probabilities.to(qkv.dtype), mask]
         out = torch.cat(outputs) if outputs else qkv.new_empty(0, heads * size)
         out = out.index_select(0, plan.restore)
         if keep:
-            ctx.save_for_backward(qkv, out, *saved)
-            ctx.plan, ctx.factor = plan, factor
-            ctx.distances = None if relative_bias is None else relative_bias.shape
+            ctx.save_for_backward(qkv, bias, out, *saved)
+            ctx.plan, ctx.factor = plan, dropout_factor(dropout_p)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, out, *saved = ctx.saved_tensors
+        qkv, bias, out, *saved = ctx.saved_tensors
         _, _, heads, size = qkv.shape
         scale = 1 / math.sqrt(size)
         rows, grad_rows = _with_zero_row(qkv), _with_zero_row(grads[0])
         # sum over keys of weight * grad_weight, per query and head; read off the small output, as FlashAttention does
         delta = _with_zero_row((widen(grads[0]) * widen(out)).view(-1, heads, size).sum(-1))  # [T + 1, H]
         pieces = []
-        grad_bias = None if ctx.distances is None else torch.zeros(ctx.distances, dtype=delta.dtype, device=qkv.device)
+        grad_bias = torch.zeros_like(bias)
         for i, bucket in enumerate(ctx.plan.buckets):
             n, length = bucket.rows, bucket.length
             q, k, v = _split(rows, bucket)
@@ -176,15 +175,14 @@ class _PackedAttention(torch.autograd.Function):
             bucket_delta = delta.index_select(0, bucket.index).view(n, length, heads, 1).transpose(1, 2)
             weights = probabilities if mask is None else probabilities * mask
             grad_scores = (grad @ _t(v)).mul_(weights).addcmul_(probabilities, bucket_delta, value=-1)
-            if grad_bias is not None:
-                _add_by_distance(grad_bias, grad_scores.sum(0))
+            _add_by_distance(grad_bias, grad_scores.sum(0))
             grad_q = (_t(k) @ _t(grad_scores)).mul_(scale)  # [n, H, d, L], as the two below
             grad_k = _t(q) @ grad_scores  # q is scaled already
             grad_v = _t(grad) @ weights
             grad_qkv = torch.stack([grad_q, grad_k, grad_v]).permute(1, 4, 0, 2, 3)  # [n, L, 3, H, d]
             pieces.append(grad_qkv.to(qkv.dtype).reshape(-1, *qkv.shape[1:]))
         laid = torch.cat(pieces) if pieces else qkv.new_empty(0, *qkv.shape[1:])
-        return laid.index_select(0, ctx.plan.restore), None, None, None, None, grad_bias, None
+        return laid.index_select(0, ctx.plan.restore), grad_bias, None, None, None, None, None, None
 
 
 def _by_position(relative_bias: Tensor, length: int) -> Tensor:
@@ -206,31 +204,36 @@ def _add_by_distance(grad_bias: Tensor, grad: Tensor) -> None:
     grad_bias[:, middle - length + 1 : middle + length] += by_distance
 
 
-def packed_attention(
-    qkv: Tensor,
-    plan: AttentionPlan,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    stream: int = 0,
-    relative_bias: Tensor | None = None,
+def _keep_mask(
+    bucket: Bucket, tokens: int, heads: int, max_seqlen: int, dropout_p: float, seed: Tensor, stream: int
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v within each sequence of a packed batch, without a causal mask.
+    """Which weights of a bucket are kept, [n, H, L, L]: those that `ops.packed_attention` keeps."""
+    queries = bucket.index.view(bucket.rows, 1, bucket.length)
+    rows = torch.arange(heads, device=queries.device).view(1, -1, 1) * tokens + queries
+    return keep_mask(seed, stream, rows, bucket.length, max_seqlen, dropout_p)
+
+
+@dataclass(frozen=True)
+class BiasedAttention:
+    """softmax(q k^T / sqrt(d) + bias) v within each sequence of one packed batch, for all layers of a forward.
 
     Scores, softmax and both products run in float32 (float64 for float64 input) whatever the storage dtype.
 
-    Args:
-        qkv: [T, 3, H, d], any floating dtype.
+    Attributes:
         plan: the batch's sequences.
-        dropout_p: probability of dropping an attention weight.
-        seed, stream: of the random numbers, see `keep_mask`.
-        relative_bias: [H, 2 P - 1], float32: added to the score of a key by its distance from the query, key minus
-            query, which counts from 1 - P, where P is at least the longest sequence.
+        bias: [H, 2 P - 1], float32: added to the score of a key by its distance from the query, key minus query, which
+            counts from 1 - P, where P is at least the longest sequence.
 
-    Returns:
-        [T, H * d] in qkv's dtype.
-
-    Reference: Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
+    Reference: Raffel et al., "T5", https://arxiv.org/abs/1910.10683, section 2.1.
     """
-    needs_grad = qkv.requires_grad or (relative_bias is not None and relative_bias.requires_grad)
-    keep = torch.is_grad_enabled() and needs_grad
-    return _PackedAttention.apply(qkv, plan, dropout_p, seed, stream, relative_bias, keep)
+
+    plan: AttentionPlan
+    bias: Tensor
+
+    @torch.compiler.disable
+    def __call__(
+        self, qkv: Tensor, max_seqlen: int, dropout_p: float = 0.0, seed: Tensor | None = None, stream: int = 0
+    ) -> Tensor:
+        """As `ops.packed_attention`, with `bias` added to the scores. qkv [T, 3, H, d] -> [T, H * d] in qkv's dtype."""
+        keep = torch.is_grad_enabled() and (qkv.requires_grad or self.bias.requires_grad)
+        return _BiasedAttention.apply(qkv, self.bias, self.plan, max_seqlen, dropout_p, seed, stream, keep)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from triton_st.models.attention import AttentionPlan, packed_attention
+from triton_st import ops
+from triton_st.models.attention import BiasedAttention
 from triton_st.models.functional import dropout, dropout_add_layer_norm, feed_forward, joined, linear, store, widen
 from triton_st.models.packing import check_packed
 
@@ -151,8 +152,7 @@ class PackedBatch:
 
     cu_seqlens: Tensor  # [B + 1]
     max_seqlen: int
-    plan: AttentionPlan
-    relative_bias: Tensor | None  # see `packed_attention`
+    biased: BiasedAttention | None = None  # attention of a family with a relative bias
 
 
 def encoder_layer(
@@ -191,7 +191,10 @@ def encoder_layer(
     qkv_bias = joined(w.query_bias, w.key_bias, w.value_bias)
     sums = torch.promote_types(hidden.dtype, torch.float32)  # what is about to be added to the residual is never half
     qkv = linear(hidden, qkv_weight, qkv_bias).view(hidden.shape[0], 3, heads, hidden.shape[1] // heads)
-    attended = packed_attention(qkv, batch.plan, attention_dropout_p, seed, stream, batch.relative_bias)
+    if batch.biased is None:
+        attended = ops.packed_attention(qkv, batch.cu_seqlens, batch.max_seqlen, attention_dropout_p, seed, stream)
+    else:
+        attended = batch.biased(qkv, batch.max_seqlen, attention_dropout_p, seed, stream)
     attended = linear(attended, w.projection_weight, w.projection_bias, sums)
     hidden = dropout_add_layer_norm(
         attended, hidden, w.attention_norm_weight, w.attention_norm_bias, eps, projection_dropout_p, seed, stream + 1
@@ -280,11 +283,8 @@ class PackedEncoder(nn.Module):
         """The layers, first to last, each an `EncoderLayer`."""
         raise NotImplementedError
 
-    def relative_bias(self, longest: int) -> Tensor | None:
-        """What is added to an attention score by distance, key minus query: [H, 2 * longest - 1], 1 - longest first.
-
-        None: nothing is added.
-        """
+    def biased_attention(self, cu_seqlens: Tensor, max_seqlen: int) -> BiasedAttention | None:
+        """Attention with a bias by relative position over these sequences; None: without, as most families have it."""
         return None
 
     def initialise(self) -> None:
@@ -336,7 +336,9 @@ class PackedEncoder(nn.Module):
                 (CPU) an id is outside the vocabulary.
         """
         a = self.architecture
-        batch = self._prepare(input_ids, cu_seqlens, max_seqlen, token_type_ids)
+        if not torch.compiler.is_compiling():  # traced, the operators check what they are given when they run
+            self._check(input_ids, cu_seqlens, max_seqlen, token_type_ids)
+        batch = PackedBatch(cu_seqlens, max_seqlen, self.biased_attention(cu_seqlens, max_seqlen))
         seed = self._draw_seed(input_ids.device) if self.training and dropout else None
         hidden = self.embeddings(input_ids, cu_seqlens, token_type_ids, self.activation_dtype, seed)
         for i, layer in enumerate(self.layers()):
@@ -356,11 +358,7 @@ class PackedEncoder(nn.Module):
             return None
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
-    @torch.compiler.disable
-    def _prepare(
-        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids: Tensor | None
-    ) -> PackedBatch:
-        """Check the batch, and plan what depends on its lengths alone."""
+    def _check(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids: Tensor | None) -> None:
         if self.activation_dtype not in ACTIVATION_DTYPES:
             raise ValueError(f"activation_dtype: expected one of {ACTIVATION_DTYPES}, got {self.activation_dtype}")
         parameters = self.embeddings.word_embeddings.weight.dtype
@@ -387,8 +385,6 @@ class PackedEncoder(nn.Module):
                     f"token_type_ids: expected shape {tuple(input_ids.shape)}, got {tuple(token_type_ids.shape)}"
                 )
             _check_ids("token_type_ids", token_type_ids, a.token_types, "type_vocab_size")
-        plan = AttentionPlan.build(lengths, input_ids.device)
-        return PackedBatch(cu_seqlens, max_seqlen, plan, self.relative_bias(max(longest, 1)))
 
 
 def _run_layer(hidden: Tensor, layer: Any, arguments: tuple[Any, ...]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MPNetConfig, PretrainedConfig
 
+from triton_st.models.attention import AttentionPlan, BiasedAttention
 from triton_st.models.bert import BertIntermediate, BertOutput
 from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, Pooler, weights_of
 
@@ -100,11 +101,14 @@ class MPNetModel(PackedEncoder):
         """As `PackedEncoder`."""
         return self.encoder.layer
 
-    def relative_bias(self, longest: int) -> Tensor:
+    @torch.compiler.disable
+    def biased_attention(self, cu_seqlens: Tensor, max_seqlen: int) -> BiasedAttention:
         """As `PackedEncoder`."""
         weight = self.encoder.relative_attention_bias.weight
-        distances = torch.arange(1 - longest, longest, device=weight.device)
-        return nn.functional.embedding(_bucket(distances), weight).t()
+        reach = max(max_seqlen, 1)
+        distances = torch.arange(1 - reach, reach, device=weight.device)
+        bias = nn.functional.embedding(_bucket(distances), weight).t()
+        return BiasedAttention(AttentionPlan.build(cu_seqlens.diff().tolist(), cu_seqlens.device), bias)
 
 
 def _bucket(distance: Tensor) -> Tensor:
