@@ -58,9 +58,11 @@ inline Vec broadcast(const float* lane) {
 
 // c[kRows, kPanel] = (or, onto it, +=) a[kRows, steps] · panel[steps, kPanel]. The steps are summed from zero and then
 // added: long inner dimensions are summed block by block, which loses far fewer digits than one running sum.
-// Lane (row, step) of a is at row · stride + step, or, kDepthMajor, at step · stride + row.
+// Lane (row, step) of a is at row · stride + step, or, kDepthMajor, at step · stride + row; step k of the panel is at
+// k · panel_stride.
 template <bool kPaired, bool kDepthMajor, int kRows>
-void tile(const float* a, int64_t a_stride, const float* panel, int64_t steps, float* c, int64_t c_stride, bool onto) {
+void tile(const float* a, int64_t a_stride, const float* panel, int64_t panel_stride, int64_t steps, float* c,
+          int64_t c_stride, bool onto) {
   Vec sums[kRows][2];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -73,7 +75,7 @@ void tile(const float* a, int64_t a_stride, const float* panel, int64_t steps, f
   for (int r = 0; r < kRows; r += 3) third[r / 3] = kDepthMajor ? a + r : a + r * a_stride;
   for (int64_t step = 0; step < steps; ++step) {
     const Vec b0 = load(panel), b1 = load(panel + kWidth);
-    panel += kPanel;
+    panel += panel_stride;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Vec x = broadcast(third[r / 3] + (kDepthMajor ? r % 3 : r % 3 * a_stride));
@@ -91,7 +93,7 @@ void tile(const float* a, int64_t a_stride, const float* panel, int64_t steps, f
   }
 }
 
-using Tile = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
+using Tile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool);
 
 // The tile of `rows` ≤ kTileRows rows.
 template <bool kPaired, bool kDepthMajor>
@@ -131,6 +133,13 @@ template <class S>
 inline Vec load_some(const S* p, int64_t n) {
   if (n >= kWidth) return load(p);
   return n > 0 ? load(p, static_cast<int>(n)) : Vec{};
+}
+
+// The first n of kWidth elements, n of any size or sign.
+template <class S>
+inline void store_some(S* p, Vec x, int64_t n) {
+  if (n >= kWidth) return store(p, x);
+  if (n > 0) store(p, x, static_cast<int>(n));
 }
 
 // kWidth lanes of the row at p, of which n elements remain, times `factor`.
@@ -264,7 +273,7 @@ void score_block(Matrix<const T> a, const float* a_power, bool a_unscaled, int64
       const float* panel = right + p * kPanel * steps;
       for (int64_t k = 0; k < parts; ++k) {
         const int64_t step = steps * k / parts, count = steps * (k + 1) / parts - step;
-        multiply(left + step, stride, panel + step * kPanel, count, block + p * kPanel, kScoreColumns, k > 0);
+        multiply(left + step, stride, panel + step * kPanel, kPanel, count, block + p * kPanel, kScoreColumns, k > 0);
       }
     }
     for (int64_t r = 0; r < count; ++r) consume(row + r, block + r * kScoreColumns);
@@ -324,8 +333,8 @@ void accumulate(int64_t rows, Matrix<const T> b, const float* b_power, float* c,
     for (int64_t p = 0; p < panels; ++p) {
       for_row_groups(rows, [&](int64_t group, int64_t count) {
         tile_of<kPaired, kDepthMajor>(count)(left + group * (kDepthMajor ? 1 : stride), stride,
-                                             right + p * kPanel * steps, steps, c + group * c_stride + p * kPanel,
-                                             c_stride, onto || k > 0);
+                                             right + p * kPanel * steps, kPanel, steps,
+                                             c + group * c_stride + p * kPanel, c_stride, onto || k > 0);
       });
     }
   }
