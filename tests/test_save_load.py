@@ -44,7 +44,7 @@ def test_model_that_sentence_transformers_saved(tmp_path, minilm_folder):
     theirs = sentence_transformers.SentenceTransformer(str(minilm_folder), device="cpu")
     theirs.save_pretrained(str(tmp_path))
     ours = SentenceTransformer(tmp_path, device="cpu")
-    assert ours.normalize
+    assert [type(module).__name__ for module in ours.head] == ["Normalize"]
     assert ours.max_seq_length == 256
     texts = ["A boy plays in the grass.", "", "word " * 400]
     np.testing.assert_allclose(ours.encode(texts), theirs.encode(texts), rtol=0, atol=1e-5)
@@ -112,12 +112,12 @@ def _edit(path: Path, **changes) -> None:
 
 def test_modules_that_are_not_served_are_named(saved):
     modules = json.loads((saved / "modules.json").read_text())
-    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
-    (saved / "modules.json").write_text(json.dumps([*modules[:2], dense]))
-    with pytest.raises(ValueError, match=r"modules.json: module 'Dense' is not served; served: Transformer, Pooling"):
+    lstm = {"idx": 2, "name": "2", "path": "2_LSTM", "type": "sentence_transformers.models.LSTM"}
+    (saved / "modules.json").write_text(json.dumps([*modules[:2], lstm]))
+    with pytest.raises(ValueError, match=r"modules.json: module 'LSTM' is not served; served: Transformer, Pooling"):
         SentenceTransformer(saved)
     (saved / "modules.json").write_text(json.dumps(modules[::-1]))
-    with pytest.raises(ValueError, match="expected modules Transformer, Pooling and perhaps Normalize in this order"):
+    with pytest.raises(ValueError, match="expected modules Transformer, Pooling and then any of Dense and Normalize"):
         SentenceTransformer(saved)
     (saved / "modules.json").write_text('{"idx": 0}')
     with pytest.raises(ValueError, match=r"modules.json: expected a JSON list of modules"):
@@ -128,18 +128,23 @@ def test_modules_that_are_not_served_are_named(saved):
         SentenceTransformer(saved)
 
 
+def test_a_pooling_mode_that_nobody_knows_is_named(saved):
+    _edit(saved / "1_Pooling" / "config.json", pooling_mode="middle")
+    with pytest.raises(ValueError, match=r"1_Pooling/config.json: pooling_mode: expected one or more of cls, max"):
+        SentenceTransformer(saved)
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, "pooling mode 'cls' is not served"),
-        ({"pooling_mode_max_tokens": True}, r"pooling mode 'max \+ mean' is not served; served: 'mean'"),
-        ({"pooling_mode": "lasttoken"}, "pooling mode 'lasttoken' is not served"),
-        ({"pooling_mode": ["mean", "max"]}, r"pooling mode 'mean \+ max' is not served"),
-        ({"include_prompt": False}, "include_prompt=false is not served"),
-    ],
+    ("activation", "message"),
+    [("os.system", "full name of a module in torch.nn, got 'os.system'"), ("torch.nn.functional.relu", "got 'torch")],
 )
-def test_pooling_that_is_not_served_is_named(saved, settings, message):
-    _edit(saved / "1_Pooling" / "config.json", **settings)
+def test_a_dense_module_runs_no_foreign_code(saved, activation, message):
+    (saved / "2_Normalize").rename(saved / "2_Dense")
+    modules = json.loads((saved / "modules.json").read_text())
+    modules[2] |= {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    (saved / "modules.json").write_text(json.dumps(modules))
+    settings = {"in_features": 50, "out_features": 8, "activation_function": activation}
+    (saved / "2_Dense" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=message):
         SentenceTransformer(saved)
 
@@ -211,7 +216,7 @@ def test_saving_over_a_model_replaces_it_and_keeps_other_files(saved):
     model.save_pretrained(saved)
     loaded = SentenceTransformer(saved, device="cpu")
     np.testing.assert_array_equal(loaded.encode(["the boy"]), model.encode(["the boy"]))
-    assert not loaded.normalize
+    assert len(loaded.head) == 0
     assert (saved / "notes.txt").read_text() == "mine"
     assert (saved / "checkpoint-8").is_dir()
     loaded.save_pretrained(saved)  # onto the very folder it came from

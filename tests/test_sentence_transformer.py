@@ -14,8 +14,8 @@ import transformers
 
 from tests.small_model import WORDS, small_model, small_tokenizer
 from triton_st import SentenceTransformer
+from triton_st.encoding import _token_batches
 from triton_st.models import BertModel
-from triton_st.sentence_transformer import _token_batches
 
 TEXTS = [
     "A boy plays in the grass.",
@@ -116,14 +116,14 @@ def test_any_collection_of_strings(model, wrap):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (None, "sentences: expected a string or strings, got NoneType"),
-        (3, "sentences: expected a string or strings, got int"),
-        (b"bytes", "sentences: expected a string or strings, got bytes"),
-        (["a", None], r"sentences\[1\]: expected a string, got NoneType"),
-        (["a", "b", 3.5], r"sentences\[2\]: expected a string, got float"),
-        ([["a", "b"]], r"sentences\[0\]: expected a string, got list"),
-        (np.array([1, 2]), r"sentences\[0\]: expected a string, got int"),
-        (np.array("the boy"), "sentences: expected a string or strings, got ndarray"),
+        (None, "inputs: expected a string or strings, got None"),
+        (3, "inputs: expected a string or strings, got int"),
+        (b"bytes", "inputs: expected a string or strings, got bytes"),
+        (["a", None], r"inputs\[1\]: expected a string, got NoneType"),
+        (["a", "b", 3.5], r"inputs\[2\]: expected a string, got float"),
+        ([["a", "b"]], r"inputs\[0\]: expected a string, got list"),
+        (np.array([1, 2]), r"inputs\[0\]: expected a string, got int"),
+        (np.array("the boy"), "inputs: expected a string or strings, got ndarray"),
     ],
 )
 def test_what_is_no_text_is_named(model, texts, message):
@@ -136,12 +136,12 @@ def test_what_is_no_text_is_named(model, texts, message):
     [
         ({"batch_size": 0}, "batch_size: expected a positive int, got 0"),
         ({"batch_size": 2.5}, "batch_size: expected a positive int, got 2.5"),
-        ({"precision": "int8"}, "precision: 'int8' is not served; served: 'float32'"),
+        ({"precision": "int4"}, "precision: expected one of float32, int8, uint8, binary, ubinary, got 'int4'"),
         ({"output_value": "cls"}, "output_value: expected one of .*, got 'cls'"),
         ({"batch_size": True}, "batch_size: expected a positive int, got True"),
         ({"truncate_dim": 0}, "truncate_dim: expected a positive int or None, got 0"),
         ({"truncate_dim": "8"}, "truncate_dim: expected a positive int or None, got '8'"),
-        ({"prompt_name": "query"}, r"prompt_name: expected one of \[\], got 'query'"),
+        ({"prompt_name": "title"}, r"prompt_name: expected one of \['query', 'document'\], got 'title'"),
     ],
 )
 def test_wrong_arguments_are_named(model, arguments, message):
@@ -332,8 +332,8 @@ def test_parts_that_do_not_fit_are_refused():
         SentenceTransformer.from_encoder(torch.nn.Linear(2, 2), small_tokenizer())
     with pytest.raises(TypeError, match="tokenizer: expected a fast tokenizer"):
         SentenceTransformer.from_encoder(encoder, object())
-    with pytest.raises(ValueError, match="pooling_mode: 'cls' is not served"):
-        SentenceTransformer.from_encoder(encoder, small_tokenizer(), pooling_mode="cls")
+    with pytest.raises(ValueError, match="pooling_mode: expected one or more of cls, max, mean"):
+        SentenceTransformer.from_encoder(encoder, small_tokenizer(), pooling_mode="middle")
     small = BertModel(transformers.BertConfig.from_dict(encoder.config.to_dict() | {"vocab_size": 9}))
     with pytest.raises(ValueError, match="tokenizer: expected at most 9 tokens, the encoder's vocab_size, got 25"):
         SentenceTransformer.from_encoder(small, small_tokenizer())

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from triton_st import ops, util
+from triton_st import util
+from triton_st.encoding import Encoding, checked_truncate_dim
 from triton_st.model_card import SentenceTransformerModelCardData
 from triton_st.models.checkpoint import load_encoder, save_encoder
 from triton_st.models.encoder import PackedEncoder
 from triton_st.models.files import replacing_folder
 from triton_st.models.folder import FolderConfig, find_folder, load_tokenizer, read_folder, write_folder
-from triton_st.models.packing import Features, pack, to_device
-
-logger = logging.getLogger(__name__)
+from triton_st.models.packing import Features
+from triton_st.models.pooling import Dense, Normalize, Pooling
 
 __all__ = ["SentenceTransformer"]
 
-_TOKENS_PER_TEXT = 64
-"""A batch of `encode` holds as many tokens as `batch_size` texts of this length, however long its texts are."""
 
-_TEXTS_AT_ONCE = 4096
-"""Texts that the tokenizer is given at a time: enough for its threads, few enough to hold their full encodings."""
-
-_OUTPUTS = ("sentence_embedding", "token_embeddings")
-
-
-class SentenceTransformer(nn.Module):
+class SentenceTransformer(Encoding):
     """A BERT encoder with mean pooling that embeds sentences.
 
     Args:
@@ -43,9 +32,12 @@ class SentenceTransformer(nn.Module):
             build a new model with `from_encoder`.
         device: where it runs; CUDA where there is one, else the CPU.
         prompts: name -> text put before every text encoded under that name; adds to and overrides the saved ones.
+            "query" and "document" are always there, empty by default.
         default_prompt_name: the prompt used where `encode` is given none.
         cache_folder, revision, local_files_only, token: as `huggingface_hub.snapshot_download` takes them.
         trust_remote_code: accepted and without effect: code from a model repository is never run.
+        processor_kwargs, config_kwargs: for transformers' tokenizer and config.
+        backend: "torch", the one there is.
         model_card_data: what the card written by `save_pretrained` is made from.
         similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan"; the saved one by default, else "cosine".
         truncate_dim: keep only the first dimensions of every embedding.
@@ -80,8 +72,14 @@ class SentenceTransformer(nn.Module):
         model_card_data: SentenceTransformerModelCardData | None = None,
         similarity_fn_name: str | None = None,
         truncate_dim: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
     ) -> None:
         super().__init__()
+        if backend != "torch":
+            raise ValueError(f"backend: expected 'torch', got {backend!r}; the kernels are this package's own")
         if not isinstance(model_name_or_path, (str, Path)) or not str(model_name_or_path):
             raise TypeError(
                 f"model_name_or_path: expected a folder or a hub id, got {model_name_or_path!r}; "
@@ -99,8 +97,8 @@ class SentenceTransformer(nn.Module):
         config.default_prompt_name = default_prompt_name or config.default_prompt_name
         config.similarity_fn_name = similarity_fn_name or config.similarity_fn_name
         config.truncate_dim = config.truncate_dim if truncate_dim is None else truncate_dim
-        encoder = load_encoder(folder / config.encoder_path)
-        tokenizer = load_tokenizer(folder / config.encoder_path, config)
+        encoder = load_encoder(folder / config.encoder_path, **(config_kwargs or {}))
+        tokenizer = load_tokenizer(folder / config.encoder_path, config, **(processor_kwargs or {}))
         self._assemble(encoder, tokenizer, config)
         if model_card_data is not None:
             self.model_card_data = model_card_data
@@ -117,7 +115,7 @@ class SentenceTransformer(nn.Module):
         encoder: PackedEncoder,
         tokenizer: PreTrainedTokenizerBase,
         max_seq_length: int | None = None,
-        pooling_mode: str = "mean",
+        pooling_mode: str | Sequence[str] = "mean",
         normalize: bool = False,
     ) -> SentenceTransformer:
         """Build a model from its parts, on the encoder's device.
@@ -126,16 +124,16 @@ class SentenceTransformer(nn.Module):
             encoder: a `triton_st.models.PackedEncoder`.
             tokenizer: a fast tokenizer of transformers whose ids the encoder knows.
             max_seq_length: longest sequence in tokens; the position table's size by default.
-            pooling_mode: "mean".
+            pooling_mode: as `triton_st.models.pooling.Pooling` takes it: "mean", "cls", "max", …
             normalize: scale embeddings to length 1, as sentence-transformers' Normalize module does.
         """
         if not isinstance(encoder, PackedEncoder):
             raise TypeError(f"encoder: expected a triton_st.models.PackedEncoder, got {type(encoder).__name__}")
-        if pooling_mode != "mean":
-            raise ValueError(f"pooling_mode: {pooling_mode!r} is not served; served: 'mean'")
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model._assemble(encoder, tokenizer, FolderConfig(max_seq_length=max_seq_length, normalize=normalize))
+        head: list[Dense | Normalize] = [Normalize()] if normalize else []
+        config = FolderConfig(max_seq_length=max_seq_length, pooling=Pooling(pooling_mode), head=head)
+        model._assemble(encoder, tokenizer, config)
         return model
 
     def _assemble(self, encoder: PackedEncoder, tokenizer: PreTrainedTokenizerBase, config: FolderConfig) -> None:
@@ -149,8 +147,9 @@ class SentenceTransformer(nn.Module):
         self.encoder = encoder
         self.training = encoder.training  # a loaded one is in evaluation mode
         self.tokenizer = tokenizer
-        self.normalize = config.normalize
-        self.prompts = dict(config.prompts)
+        self.pooling = config.pooling
+        self.head = nn.ModuleList(config.head)
+        self.prompts = {"query": "", "document": ""} | config.prompts
         self.default_prompt_name = config.default_prompt_name
         if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
             raise ValueError(
@@ -193,7 +192,7 @@ class SentenceTransformer(nn.Module):
 
     @truncate_dim.setter
     def truncate_dim(self, value: int | None) -> None:
-        self._truncate_dim = _checked_truncate_dim(value)
+        self._truncate_dim = checked_truncate_dim(value)
 
     @property
     def similarity_fn_name(self) -> str:
@@ -213,8 +212,30 @@ class SentenceTransformer(nn.Module):
 
     def get_embedding_dimension(self) -> int:
         """Dimension of what `encode` returns."""
-        dimension = self.encoder.config.hidden_size
+        dimension = self._dimension()
         return dimension if self.truncate_dim is None else min(dimension, self.truncate_dim)
+
+    def _dimension(self) -> int:
+        dimension = self.pooling.output_dimension(self.encoder.config.hidden_size)
+        for module in self._head_modules():
+            dimension = module.output_dimension(dimension)
+        return dimension
+
+    def _head_modules(self) -> list[Dense | Normalize]:
+        return cast("list[Dense | Normalize]", list(self.head))
+
+    @contextlib.contextmanager
+    def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
+        """`encode` keeps the first `truncate_dim` dimensions inside the block."""
+        previous, self.truncate_dim = self.truncate_dim, truncate_dim
+        try:
+            yield
+        finally:
+            self.truncate_dim = previous
+
+    def set_pooling_include_prompt(self, include_prompt: bool) -> None:
+        """Whether a prompt's tokens take part in the pooling; False is what INSTRUCTOR models want."""
+        self.pooling.include_prompt = include_prompt
 
     def get_sentence_embedding_dimension(self) -> int:
         """As `get_embedding_dimension`, under its older name."""
@@ -222,38 +243,16 @@ class SentenceTransformer(nn.Module):
 
     def extra_repr(self) -> str:
         """What follows the encoder, for `print(model)` and the model card."""
-        return f"max_seq_length={self.max_seq_length}, pooling_mode='mean', normalize={self.normalize}"
+        return f"max_seq_length={self.max_seq_length}"
 
     # --- forward ------------------------------------------------------------------------------------------------------
-
-    def tokenize(self, texts: Sequence[str]) -> Features:
-        """Tokenize texts into packed features on the CPU, cut at `max_seq_length`, with no padding.
-
-        Raises:
-            TypeError: an entry is no string, naming its index.
-        """
-        return pack(self._token_ids(_checked_texts(texts)))
-
-    def _token_ids(self, texts: list[str]) -> list[list[int]]:
-        # The padding and truncation that a tokenizer.json carries are not this model's: all-MiniLM's pads to 128.
-        backend = self.tokenizer.backend_tokenizer
-        rule = {"max_length": self.max_seq_length, "direction": self.tokenizer.truncation_side, "stride": 0}
-        if backend.padding is not None:  # set only what differs: another thread may be encoding
-            backend.no_padding()
-        if backend.truncation is None or not rule.items() <= backend.truncation.items():
-            backend.enable_truncation(**rule)
-        try:
-            return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
-        except TypeError:  # lone surrogates, which UTF-8 cannot carry
-            texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-            return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
 
     def forward(self, features: Features, dropout: bool = True) -> Features:
         """Embed a packed batch.
 
         Args:
             features: `input_ids` [T], `cu_seqlens` [B + 1], `max_seqlen`, optionally `token_type_ids` [T]; on the
-                model's device.
+                model's device; optionally `prompt_length`, of which pooling takes note.
             dropout: False for none in training mode either.
 
         Returns:
@@ -269,9 +268,9 @@ class SentenceTransformer(nn.Module):
             features.get("token_type_ids"),
             dropout=dropout,
         )
-        pooled = ops.packed_mean_pool(hidden, features["cu_seqlens"])
-        if self.normalize:
-            pooled = util.normalize_embeddings(pooled)
+        pooled = self.pooling(hidden, features["cu_seqlens"], features.get("prompt_length", 0))
+        for module in self.head:
+            pooled = module(pooled)
         return {**features, "token_embeddings": hidden, "sentence_embedding": pooled}
 
     @contextlib.contextmanager
@@ -290,115 +289,6 @@ class SentenceTransformer(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """Keep what backward needs, as by default."""
         self.encoder.gradient_checkpointing_disable()
-
-    # --- encode -------------------------------------------------------------------------------------------------------
-
-    def encode(
-        self,
-        sentences: str | Iterable[str],
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
-        output_value: str = "sentence_embedding",
-        precision: str = "float32",
-        convert_to_numpy: bool = True,
-        convert_to_tensor: bool = False,
-        device: str | torch.device | None = None,
-        normalize_embeddings: bool = False,
-        truncate_dim: int | None = None,
-    ) -> Any:
-        """Embed texts.
-
-        Texts are sorted by length and cut into batches of `batch_size` * 64 tokens, without padding; results come in
-        the order of the input. There is no dropout, whatever mode the model is in: another thread may train it.
-
-        Args:
-            sentences: a text, or texts in a list, tuple, array, column, generator, …
-            prompt_name: key of `prompts`; its text is put before every text. prompt: that text itself.
-            batch_size: batch size in texts of 64 tokens.
-            show_progress_bar: None shows one if this package's logger is at INFO or DEBUG.
-            output_value: "sentence_embedding", or "token_embeddings": a list of [L, D] tensors.
-            precision: "float32", the one that is served.
-            convert_to_numpy: return a numpy array; else a list of tensors. convert_to_tensor: return one tensor.
-            device: move the model there first.
-            normalize_embeddings: scale every embedding to length 1.
-            truncate_dim: keep the first dimensions only (before normalising); the model's `truncate_dim` by default.
-
-        Returns:
-            float32 [n, D]; [D] for a single text; [0, D] for no texts.
-
-        Raises:
-            TypeError: an entry is no string, naming its index.
-            ValueError: an argument out of range or not served, or an unknown prompt name.
-        """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size <= 0:
-            raise ValueError(f"batch_size: expected a positive int, got {batch_size!r}")
-        if precision != "float32":
-            raise ValueError(f"precision: {precision!r} is not served; served: 'float32'")
-        if output_value not in _OUTPUTS:
-            raise ValueError(f"output_value: expected one of {', '.join(_OUTPUTS)}, got {output_value!r}")
-        truncate_dim = self.truncate_dim if truncate_dim is None else _checked_truncate_dim(truncate_dim)
-        if show_progress_bar is None:
-            show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
-        if device is not None:
-            self.to(device)
-        single = isinstance(sentences, str)
-        texts = _checked_texts([sentences] if isinstance(sentences, str) else sentences)
-        if before := self._prompt(prompt, prompt_name):
-            texts = [before + text for text in texts]
-        with tqdm(total=len(texts), desc="Encode", unit="text", disable=not show_progress_bar) as bar:
-            if output_value == "token_embeddings":
-                states = self._token_states(texts, batch_size * _TOKENS_PER_TEXT, bar)
-                return states[0] if single else states
-            embeddings = self._embeddings(texts, batch_size * _TOKENS_PER_TEXT, truncate_dim, bar)
-        if normalize_embeddings:
-            embeddings = util.normalize_embeddings(embeddings)
-        if single:
-            embeddings = embeddings[0]
-        if convert_to_tensor:
-            return embeddings
-        if convert_to_numpy:
-            return embeddings.cpu().numpy()
-        return embeddings if single else list(embeddings)
-
-    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str | None:
-        if prompt is not None and not isinstance(prompt, str):
-            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
-        if prompt is not None:
-            return prompt
-        name = self.default_prompt_name if prompt_name is None else prompt_name
-        if name is not None and name not in self.prompts:
-            raise ValueError(f"prompt_name: expected one of {list(self.prompts)}, got {name!r}")
-        return None if name is None else self.prompts[name]
-
-    def _batches(self, texts: list[str], tokens: int, bar: tqdm) -> Iterator[tuple[list[int], Features]]:
-        """The indices of each batch's texts, longest first, and the batch's outputs."""
-        ids = [
-            text_ids
-            for start in range(0, len(texts), _TEXTS_AT_ONCE)
-            for text_ids in self._token_ids(texts[start : start + _TEXTS_AT_ONCE])
-        ]
-        for members in _token_batches([len(text_ids) for text_ids in ids], tokens):
-            features = to_device(pack([ids[i] for i in members]), self.device)
-            with torch.inference_mode():
-                outputs = self(features, dropout=False)
-            yield members, outputs
-            bar.update(len(members))
-
-    def _embeddings(self, texts: list[str], tokens: int, truncate_dim: int | None, bar: tqdm) -> Tensor:
-        dimension = min(self.encoder.config.hidden_size, truncate_dim or self.encoder.config.hidden_size)
-        embeddings = torch.empty(len(texts), dimension, device=self.device)
-        for members, outputs in self._batches(texts, tokens, bar):
-            embeddings[members] = outputs["sentence_embedding"][:, :dimension].float()
-        return embeddings
-
-    def _token_states(self, texts: list[str], tokens: int, bar: tqdm) -> list[Tensor]:
-        states: dict[int, Tensor] = {}
-        for members, outputs in self._batches(texts, tokens, bar):
-            lengths = outputs["cu_seqlens"].diff().tolist()
-            states.update(zip(members, outputs["token_embeddings"].float().split(lengths), strict=True))
-        return [states[i] for i in range(len(texts))]
 
     # --- similarity ---------------------------------------------------------------------------------------------------
 
@@ -429,7 +319,8 @@ class SentenceTransformer(nn.Module):
         """
         config = FolderConfig(
             max_seq_length=self.max_seq_length,
-            normalize=self.normalize,
+            pooling=self.pooling,
+            head=self._head_modules(),
             prompts=self.prompts,
             default_prompt_name=self.default_prompt_name,
             similarity_fn_name=self.similarity_fn_name,
@@ -454,36 +345,3 @@ class SentenceTransformer(nn.Module):
         if self._loaded_card is not None and not card.evaluations and not card.hyperparameters:
             return self._loaded_card
         return card.to_card(self)
-
-
-def _checked_truncate_dim(value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"truncate_dim: expected a positive int or None, got {value!r}")
-    return value
-
-
-def _checked_texts(texts: Iterable[Any]) -> list[str]:
-    """Texts as a list of str; TypeError names the index of what is none."""
-    if isinstance(texts, np.ndarray) and texts.ndim:
-        texts = texts.tolist()  # to Python's str at once
-    # What is still an array has no dimension: it is one text, as a string is.
-    if isinstance(texts, (str, bytes, np.ndarray)) or not isinstance(texts, Iterable):
-        raise TypeError(f"sentences: expected a string or strings, got {type(texts).__name__}")
-    checked = list(texts)
-    for i, text in enumerate(checked):
-        if not isinstance(text, str):
-            raise TypeError(f"sentences[{i}]: expected a string, got {type(text).__name__}")
-    return checked
-
-
-def _token_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Cut texts, longest first, into batches of at most `tokens` tokens (a longer text goes alone)."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = total = 0
-    for end, i in enumerate(order):
-        if end > start and total + lengths[i] > tokens:
-            yield order[start:end]
-            start, total = end, 0
-        total += lengths[i]
-    if start < len(order):
-        yield order[start:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -27,12 +28,13 @@ _PARTS = ("embeddings.", "encoder.", "transformer.", "pooler.")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def load_encoder(folder: str | Path) -> PackedEncoder:
+def load_encoder(folder: str | Path, **config_kwargs: Any) -> PackedEncoder:
     """Load a transformers checkpoint.
 
     Args:
         folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, whole or in indexed shards. Weights
             of any floating dtype become float32; prefixes such as `bert.` and the heads of task models are dropped.
+        config_kwargs: fields that replace those of `config.json`.
 
     Returns:
         The encoder in evaluation mode, as `from_pretrained` leaves it; with a pooler if the checkpoint has one.
@@ -53,7 +55,7 @@ def load_encoder(folder: str | Path) -> PackedEncoder:
         raise ValueError(f"{config_path}: model type {model_type!r} is not served; served: {', '.join(SERVED_TYPES)}")
     family = _FAMILIES[model_type]
     try:
-        config = family.config_class.from_dict(config_fields)
+        config = family.config_class.from_dict(config_fields | config_kwargs)
     except Exception as error:  # transformers' validation has error types of its own
         raise ValueError(f"{config_path}: not a configuration of type {model_type} ({error})") from error
     state = _canonical(read_weights(folder))

@@ -13,10 +13,13 @@ import tokenizers.normalizers
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from triton_st import __version__
+from triton_st.models.checkpoint import read_weights
 from triton_st.models.files import read_json, write_json
+from triton_st.models.pooling import Dense, Normalize, Pooling
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +47,9 @@ class FolderConfig:
     max_seq_length: int | None = None
     """Truncation length, or None where the tokenizer says it."""
     do_lower_case: bool = False
-    pooling_mode: str = "mean"
-    normalize: bool = False
+    pooling: Pooling = field(default_factory=Pooling)
+    head: list[Dense | Normalize] = field(default_factory=list)
+    """What follows the pooling, in order."""
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     similarity_fn_name: str | None = None
@@ -71,16 +75,21 @@ def read_folder(folder: Path) -> FolderConfig:
         logger.warning("%s has no modules.json: a transformers checkpoint, used with mean pooling", folder)
         return FolderConfig()
     config = FolderConfig()
-    served = {"Transformer": _read_transformer, "Pooling": _read_pooling, "Normalize": _read_normalize}
+    served = {
+        "Transformer": _read_transformer,
+        "Pooling": _read_pooling,
+        "Dense": _read_dense,
+        "Normalize": _read_normalize,
+    }
     names = []
     for path, name in _modules(modules_path):
         if name not in served:
             raise ValueError(f"{modules_path}: module {name!r} is not served; served: {', '.join(served)}")
         names.append(name)
         served[name](folder, path, config)
-    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    if names[:2] != ["Transformer", "Pooling"] or {"Transformer", "Pooling"} & set(names[2:]):
         raise ValueError(
-            f"{modules_path}: expected modules Transformer, Pooling and perhaps Normalize in this order, got {names}"
+            f"{modules_path}: expected modules Transformer, Pooling and then any of Dense and Normalize, got {names}"
         )
     _read_model_config(folder, config)
     return config
@@ -122,20 +131,37 @@ def _read_pooling(folder: Path, path: str, config: FolderConfig) -> None:
     modes = settings.get("pooling_mode")
     if modes is None:
         modes = [mode for key, mode in _LEGACY_POOLING.items() if settings.get(key)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if modes != ["mean"]:
-        raise ValueError(f"{source}: pooling mode {' + '.join(map(str, modes))!r} is not served; served: 'mean'")
-    if not settings.get("include_prompt", True):
-        raise ValueError(f"{source}: include_prompt=false is not served; prompts take part in the mean")
+    try:
+        config.pooling = Pooling(modes, bool(settings.get("include_prompt", True)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _read_dense(folder: Path, path: str, config: FolderConfig) -> None:
+    source = _inside(folder, path)
+    settings = _embedding_module(source / "config.json")
+    known = ("in_features", "out_features", "bias", "activation_function", "use_residual")
+    try:
+        dense = Dense(**{name: settings[name] for name in known if name in settings})
+        dense.load_state_dict(read_weights(source))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{source}: no Dense module that can be read: {error}") from error
+    config.head.append(dense.eval())
 
 
 def _read_normalize(folder: Path, path: str, config: FolderConfig) -> None:
-    source = _inside(folder, path) / "config.json"
+    _embedding_module(_inside(folder, path) / "config.json")
+    config.head.append(Normalize())
+
+
+def _embedding_module(source: Path) -> dict[str, Any]:
+    """Settings of a module that works on sentence embeddings; on anything else it is not served."""
+    settings = _optional_json(source)
     for name in ("module_input_name", "module_output_name"):
-        value = _optional_json(source).get(name, "sentence_embedding")
+        value = settings.get(name) or "sentence_embedding"
         if value != "sentence_embedding":
             raise ValueError(f"{source}: {name} {value!r} is not served; served: 'sentence_embedding'")
-    config.normalize = True
+    return settings
 
 
 def _read_model_config(folder: Path, config: FolderConfig) -> None:
@@ -155,8 +181,7 @@ def write_folder(folder: Path, config: FolderConfig, dimension: int) -> None:
     The spelling is the one of sentence-transformers 2 to 5, which every version since, 6.2 included, reads.
     """
     modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    if config.normalize:
-        modules.append(("Normalize", "2_Normalize"))
+    modules += [(type(module).__name__, f"{i}_{type(module).__name__}") for i, module in enumerate(config.head, 2)]
     entries = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
         for i, (name, path) in enumerate(modules)
@@ -166,8 +191,14 @@ def write_folder(folder: Path, config: FolderConfig, dimension: int) -> None:
     write_json(folder / "modules.json", entries)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": config.max_seq_length, "do_lower_case": False})
     pooling: dict[str, Any] = {"word_embedding_dimension": dimension}
-    pooling |= {key: mode == config.pooling_mode for key, mode in _LEGACY_POOLING.items()}
-    write_json(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": True})
+    pooling |= {key: mode in config.pooling.modes for key, mode in _LEGACY_POOLING.items()}
+    if tuple(_LEGACY_POOLING[key] for key in _LEGACY_POOLING if pooling[key]) != config.pooling.modes:
+        pooling["pooling_mode"] = list(config.pooling.modes)  # an order that the old spelling cannot say
+    write_json(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": config.pooling.include_prompt})
+    for module, (_, path) in zip(config.head, modules[2:], strict=True):
+        if isinstance(module, Dense):
+            write_json(folder / path / "config.json", module.config())
+            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, folder / path / "model.safetensors")
     settings: dict[str, Any] = {
         "model_type": "SentenceTransformer",
         "__version__": {
@@ -214,8 +245,8 @@ def find_folder(name_or_path: str | Path, **hub: Any) -> Path:
     return snapshot
 
 
-def load_tokenizer(folder: Path, config: FolderConfig) -> PreTrainedTokenizerBase:
-    """The fast tokenizer in a folder, lower-casing if the model's settings say so.
+def load_tokenizer(folder: Path, config: FolderConfig, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The fast tokenizer in a folder, lower-casing if the model's settings say so; `kwargs` go to transformers.
 
     Raises:
         ValueError: the folder has no tokenizer that transformers can load.
@@ -223,7 +254,7 @@ def load_tokenizer(folder: Path, config: FolderConfig) -> PreTrainedTokenizerBas
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):  # transformers would make an empty one up
         raise ValueError(f"{folder}: no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True, **kwargs)
     except Exception as error:  # transformers raises whatever its tokenizer classes do
         raise ValueError(f"{folder}: no tokenizer that transformers can load ({error})") from error
     if config.do_lower_case:
