@@ -1,0 +1,236 @@
+// The inference encoder: a BERT-family model's weights packed once; packed sequences in, embeddings out, in one call.
+//
+// Where there is work for it, each thread takes runs of whole sequences through all layers by itself, with no barrier,
+// its activations in its own cache. A few short sequences are worked on by all threads together, stage by stage:
+// reading the weights is then what takes time, and each thread reads its share. Both ways give the same bits.
+#include <thread>
+
+#include "encoder_pass.h"
+#include "encoder_pool.h"
+
+namespace triton_st {
+namespace {
+
+thread_local Workspace workspace;
+
+// Tokens that one thread takes through all layers at a time, and the most that threads share.
+constexpr int64_t kRunTokens = 384;
+constexpr int64_t kLeastRunTokens = 64;
+constexpr int64_t kSharedTokensPerThread = 64;
+// Memory for the widest activations of a block of rows: with a panel of weights it fits the second-level cache.
+constexpr int64_t kHiddenBytes = 512 << 10;
+constexpr int64_t kUnitRows = 16, kUnitPanels = 2;  // what a thread takes of a shared stage
+
+template <class P>
+void finish_sequence(const Pass<P>& pass, const Batch& batch, const Output& output, int64_t hidden, int64_t s) {
+  write_output(output, s, pass.states(s), pass.states_stride(), batch.cu_seqlens[s], batch.length(s), hidden,
+               workspace.pooled);
+}
+
+// --- one thread, whole sequences ---
+
+template <class P>
+void run_alone(const Model& model, const Batch& batch, const Output& output, int64_t first, int64_t last) {
+  const Sizes& sizes = model.sizes;
+  const int64_t row_bytes = sizes.padded_intermediate() * static_cast<int64_t>(sizeof(typename P::Activation));
+  const int64_t most = std::max<int64_t>(kHiddenBytes / row_bytes / kTileRows, 1) * kTileRows;
+  const int64_t rows = batch.cu_seqlens[last] - batch.cu_seqlens[first];
+  const int64_t block_rows = ceil_div(rows, std::max<int64_t>(ceil_div(rows, most), 1));
+  Pass<P> pass(model, batch, workspace, first, last, block_rows);
+  auto for_blocks = [&](auto&& f) {
+    for (int64_t row = 0; row < rows; row += block_rows) f(row, std::min(block_rows, rows - row));
+  };
+  for (int64_t s = first; s < last; ++s) pass.embed(s);
+  for (const Layer& layer : model.layers) {
+    for_blocks([&](int64_t row, int64_t n) { pass.project_qkv(layer, row, n, 0, layer.qkv.outputs / kPanel); });
+    for (int64_t s = first; s < last; ++s) {
+      for (int64_t head = 0; head < sizes.heads; ++head) pass.attend_head(s, head);
+    }
+    for_blocks([&](int64_t row, int64_t n) {
+      pass.finish_context(row, n);
+      pass.project_out(layer, row, n, 0, layer.out.outputs / kPanel);
+      pass.normalise(row, n, layer.attention_gain, layer.attention_shift);
+      pass.feed_up(layer, row, row, n, 0, layer.up.outputs / kPanel);
+      pass.finish_hidden(0, n);
+      pass.feed_down(layer, row, row, n, 0, layer.down.outputs / kPanel);
+      pass.normalise(row, n, layer.output_gain, layer.output_shift);
+    });
+  }
+  for (int64_t s = first; s < last; ++s) finish_sequence(pass, batch, output, sizes.hidden, s);
+}
+
+// Runs of about kRunTokens tokens, shorter towards the end so that threads finish together.
+std::vector<int64_t> cut_runs(const Batch& batch, int64_t threads) {
+  std::vector<int64_t> bounds{0};
+  const int64_t total = batch.cu_seqlens[batch.sequences];
+  for (int64_t s = 0; s < batch.sequences;) {
+    const int64_t begin = batch.cu_seqlens[s];
+    const int64_t wanted = std::clamp((total - begin) / (2 * threads), kLeastRunTokens, kRunTokens);
+    do {
+      ++s;
+    } while (s < batch.sequences && batch.cu_seqlens[s + 1] - begin <= wanted);
+    bounds.push_back(s);
+  }
+  return bounds;
+}
+
+// --- all threads together, stage by stage ---
+
+// Stages of units, numbered through. Threads draw the next unit; it begins when all units of earlier stages are done.
+// Whoever draws is running, so nobody ever waits for a thread that has not come.
+class Stages {
+ public:
+  void add(int64_t units) { bounds_.push_back(bounds_.back() + units); }
+
+  template <class F>
+  void work(F&& f) {
+    for (size_t stage = 0;;) {
+      const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
+      if (unit >= bounds_.back()) return;
+      while (unit >= bounds_[stage + 1]) ++stage;
+      for (int64_t spins = 0; done_.load(std::memory_order_acquire) < bounds_[stage]; ++spins) {
+        if (spins > 5000) std::this_thread::yield();
+      }
+      f(static_cast<int64_t>(stage), unit - bounds_[stage]);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+ private:
+  std::vector<int64_t> bounds_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+};
+
+template <class P>
+void run_together(const Model& model, const Batch& batch, const Output& output, int64_t threads) {
+  const Sizes& sizes = model.sizes;
+  const int64_t rows = batch.cu_seqlens[batch.sequences];
+  Pass<P> pass(model, batch, workspace, 0, batch.sequences, rows);
+  auto panel_units = [](const Dense& dense) { return ceil_div(dense.outputs / kPanel, kUnitPanels); };
+  const int64_t row_units = ceil_div(rows, kUnitRows);
+  constexpr int64_t kPerLayer = 9;
+  Stages stages;
+  stages.add(batch.sequences);
+  for (const Layer& layer : model.layers) {
+    for (const int64_t units : {panel_units(layer.qkv), batch.sequences * sizes.heads, row_units, panel_units(layer.out),
+                                row_units, panel_units(layer.up), P::kQuantised ? row_units : 0,
+                                panel_units(layer.down), row_units}) {
+      stages.add(units);
+    }
+  }
+  stages.add(batch.sequences);
+  auto run_unit = [&](int64_t stage, int64_t unit) {
+    if (stage == 0) return pass.embed(unit);
+    if (stage == 1 + kPerLayer * sizes.layers) return finish_sequence(pass, batch, output, sizes.hidden, unit);
+    const Layer& layer = model.layers[(stage - 1) / kPerLayer];
+    const int64_t row = unit * kUnitRows, n = std::min(kUnitRows, rows - row), panel = unit * kUnitPanels;
+    auto panels = [&](const Dense& dense) { return std::min(kUnitPanels, dense.outputs / kPanel - panel); };
+    switch ((stage - 1) % kPerLayer) {
+      case 0:
+        return pass.project_qkv(layer, 0, rows, panel, panels(layer.qkv));
+      case 1:
+        return pass.attend_head(unit / sizes.heads, unit % sizes.heads);
+      case 2:
+        return pass.finish_context(row, n);
+      case 3:
+        return pass.project_out(layer, 0, rows, panel, panels(layer.out));
+      case 4:
+        return pass.normalise(row, n, layer.attention_gain, layer.attention_shift);
+      case 5:
+        return pass.feed_up(layer, 0, 0, rows, panel, panels(layer.up));
+      case 6:
+        return pass.finish_hidden(row, n);
+      case 7:
+        return pass.feed_down(layer, 0, 0, rows, panel, panels(layer.down));
+      default:
+        return pass.normalise(row, n, layer.output_gain, layer.output_shift);
+    }
+  };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { stages.work(run_unit); });
+}
+
+// --- operators ---
+
+Tensor encoder_pack(int64_t precision, int64_t layers, int64_t hidden, int64_t heads, int64_t intermediate, double eps,
+                    const std::vector<Tensor>& weights) {
+  STD_TORCH_CHECK(heads > 0 && hidden % heads == 0, "encoder_pack: hidden should be a multiple of heads");
+  const Sizes sizes{kPackedMagic, 0, precision, kWidth, layers, hidden, heads, intermediate, eps};
+  return with_precision(static_cast<Precision>(precision), [&](auto p) { return pack<decltype(p)>(sizes, weights); });
+}
+
+const int32_t* integers(const std::optional<Tensor>& x) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Int && x->is_contiguous(), "expected contiguous int32");
+  return static_cast<const int32_t*>(x->const_data_ptr());
+}
+
+// What Python has not checked yet: a wrong index would read anywhere.
+void check(const Batch& batch, int64_t tokens) {
+  STD_TORCH_CHECK(batch.cu_seqlens[0] == 0 && batch.cu_seqlens[batch.sequences] == tokens,
+                  "cu_seqlens: expected to run from 0 to ", tokens);
+  for (int64_t s = 0; s < batch.sequences; ++s) {
+    STD_TORCH_CHECK(batch.length(s) >= 0 && batch.length(s) + batch.position_offset <= batch.position.rows,
+                    "cu_seqlens: a sequence of ", batch.length(s), " tokens");
+    STD_TORCH_CHECK(!batch.position_bias || batch.length(s) + kPanel <= batch.position_bias->cols / 2 + 1,
+                    "position_bias: too narrow for a sequence of ", batch.length(s), " tokens");
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    STD_TORCH_CHECK(batch.ids[t] >= 0 && batch.ids[t] < batch.word.rows, "input_ids: ", batch.ids[t],
+                    " is outside the vocabulary");
+    STD_TORCH_CHECK(!batch.types || (batch.types[t] >= 0 && batch.token_type && batch.types[t] < batch.token_type->rows),
+                    "token_type_ids: ", batch.types[t], " is not a type");
+  }
+}
+
+void encoder_forward(const Tensor& packed, const Tensor& word, const Tensor& position,
+                     const std::optional<Tensor>& token_type, const std::optional<Tensor>& position_bias,
+                     int64_t position_offset, const Tensor& input_ids, const Tensor& cu_seqlens,
+                     const std::optional<Tensor>& token_type_ids, const std::optional<Tensor>& rows, int64_t pooling,
+                     int64_t prompt_length, bool normalise_whole, bool normalise_kept, const Tensor& out) {
+  Sizes sizes;
+  STD_TORCH_CHECK(packed.numel() >= static_cast<int64_t>(sizeof sizes), "encoder_forward: not packed weights");
+  char* begin = data<char>(packed);
+  std::memcpy(&sizes, begin, sizeof sizes);
+  STD_TORCH_CHECK(sizes.magic == kPackedMagic && sizes.bytes == packed.numel() && sizes.width == kWidth,
+                  "encoder_forward: not weights that were packed for this processor");
+  Batch batch{integers(input_ids), integers(cu_seqlens), integers(token_type_ids), cu_seqlens.numel() - 1,
+              matrix<float>(word), matrix<float>(position), std::nullopt, position_offset, std::nullopt};
+  if (token_type) batch.token_type = matrix<float>(*token_type);
+  if (position_bias) batch.position_bias = matrix<float>(*position_bias);
+  if (batch.sequences == 0) return;
+  check(batch, input_ids.numel());
+  const int64_t* places = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
+  const Output output{data<float>(out), out.stride(0), out.size(1),     places,
+                      pooling,          prompt_length, normalise_whole, normalise_kept};
+  with_precision(static_cast<Precision>(sizes.precision), [&](auto p) {
+    using P = decltype(p);
+    const Model model = lay_out<P>(sizes, begin);
+    const int64_t threads = torch::stable::get_num_threads();
+    if (threads > 1 && input_ids.numel() <= threads * kSharedTokensPerThread) {
+      return run_together<P>(model, batch, output, threads);
+    }
+    const auto runs = cut_runs(batch, threads);
+    parallel(static_cast<int64_t>(runs.size()) - 1, kWorthThreads,
+             [&](int64_t run) { run_alone<P>(model, batch, output, runs[run], runs[run + 1]); });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(triton_st_cpp, m) {
+  m.def(
+      "encoder_pack(int precision, int layers, int hidden, int heads, int intermediate, float eps, Tensor[] weights) "
+      "-> Tensor");
+  m.def(
+      "encoder_forward(Tensor packed, Tensor word, Tensor position, Tensor? token_type, Tensor? position_bias, "
+      "int position_offset, Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor? rows, int pooling, "
+      "int prompt_length, bool normalise_whole, bool normalise_kept, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(triton_st_cpp, CPU, m) {
+  m.impl("encoder_pack", TORCH_BOX(&encoder_pack));
+  m.impl("encoder_forward", TORCH_BOX(&encoder_forward));
+}
+
+}  // namespace triton_st

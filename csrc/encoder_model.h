@@ -1,0 +1,243 @@
+// The weights of a BERT encoder, packed once into one piece of memory: its sizes, then every layer's panels.
+#pragma once
+
+#include <vector>
+
+#include "encoder_product.h"
+
+namespace triton_st {
+
+enum class Precision : int64_t { kFloat32, kFloat16, kBFloat16, kInt8 };
+
+// Calls f with a value of the type of `precision`.
+template <class F>
+auto with_precision(Precision precision, F&& f) {
+  switch (precision) {
+    case Precision::kFloat32:
+      return f(FloatPrecision());
+    case Precision::kFloat16:
+      return f(StoredPrecision<Half>());
+    case Precision::kBFloat16:
+      return f(BFloat16Precision());
+    case Precision::kInt8:
+      return f(Int8Precision());
+  }
+  STD_TORCH_CHECK(false, "not a precision: ", static_cast<int64_t>(precision));
+}
+
+inline constexpr int64_t kPackedMagic = 0x7473742d656e6301;
+
+struct Sizes {
+  int64_t magic, bytes, precision, width;
+  int64_t layers, hidden, heads, intermediate;
+  double eps;
+
+  int64_t head() const { return hidden / heads; }
+  // Padded sizes: zeros stand in the rest, and stay zeros from layer to layer.
+  int64_t padded_hidden() const { return round_up(hidden, kPanel); }
+  int64_t padded_intermediate() const { return round_up(intermediate, kPanel); }
+  int64_t padded_head() const { return round_up(head(), kWidth); }
+  int64_t context() const { return round_up(heads * padded_head(), kPanel); }
+};
+
+struct Layer {
+  Dense qkv, out, up, down;
+  const float *attention_gain, *attention_shift, *output_gain, *output_shift;
+};
+
+struct Model {
+  Sizes sizes;
+  const float *gain, *shift;
+  std::vector<Layer> layers;
+};
+
+// Hands out pieces of the packed memory, each from a cache line's beginning on.
+class Pieces {
+ public:
+  explicit Pieces(char* begin) : begin_(begin) {}
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t at = at_;
+    at_ = round_up(at_ + count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(begin_ + at);
+  }
+  int64_t bytes() const { return at_; }
+
+ private:
+  char* begin_;
+  int64_t at_ = 0;
+};
+
+template <class P>
+Dense lay_out_dense(Pieces& pieces, int64_t inputs, int64_t outputs) {
+  Dense dense{};
+  dense.inputs = inputs;
+  dense.outputs = outputs;
+  dense.panels = pieces.take<typename P::Weight>(inputs / P::kStep * outputs);
+  dense.bias = pieces.take<float>(outputs);
+  if constexpr (P::kQuantised) {
+    dense.scales = pieces.take<float>(outputs);
+    dense.column_sums = pieces.take<float>(outputs);
+  }
+  return dense;
+}
+
+// Where everything is in the memory from `begin` on; the number of bytes goes to sizes.bytes.
+template <class P>
+Model lay_out(Sizes sizes, char* begin) {
+  Pieces pieces(begin);
+  pieces.take<Sizes>(1);
+  const int64_t hidden = sizes.padded_hidden(), intermediate = sizes.padded_intermediate(), context = sizes.context();
+  const float* gain = pieces.take<float>(hidden);
+  Model model{sizes, gain, pieces.take<float>(hidden), {}};
+  for (int64_t i = 0; i < sizes.layers; ++i) {
+    Layer layer;
+    layer.qkv = lay_out_dense<P>(pieces, hidden, 3 * context);
+    layer.out = lay_out_dense<P>(pieces, context, hidden);
+    layer.up = lay_out_dense<P>(pieces, hidden, intermediate);
+    layer.down = lay_out_dense<P>(pieces, intermediate, hidden);
+    for (const float** vector :
+         {&layer.attention_gain, &layer.attention_shift, &layer.output_gain, &layer.output_shift}) {
+      *vector = pieces.take<float>(hidden);
+    }
+    model.layers.push_back(layer);
+  }
+  model.sizes.bytes = pieces.bytes();
+  return model;
+}
+
+// --- packing ---
+
+// A weight [N, K] with its bias [N], and where its rows and columns go in the padded product.
+struct DenseSource {
+  std::vector<const float*> rows;  // of each padded output; null stands for zeros
+  std::vector<float> bias;
+  std::vector<int64_t> columns;  // of each padded input; −1 stands for zeros
+
+  float at(int64_t output, int64_t input) const {
+    return rows[output] && columns[input] >= 0 ? rows[output][columns[input]] : 0.f;
+  }
+};
+
+// A column's weights as signed bytes: per-channel, symmetric. What is not finite makes the scale NaN.
+struct ChannelScale {
+  ChannelScale(const DenseSource& source, int64_t output, int64_t inputs) {
+    float most = 0.f, finite = 0.f;
+    for (int64_t k = 0; k < inputs; ++k) {
+      most = std::max(most, std::fabs(source.at(output, k)));
+      finite += source.at(output, k) * 0.f;
+    }
+    scale = most / 127.f + finite;
+    inverse = most > 1e-30f && finite == 0.f ? 127.f / most : 0.f;
+  }
+  float scale, inverse;
+};
+
+template <class P>
+void pack_dense(const Dense& dense, const DenseSource& source) {
+  using Weight = typename P::Weight;
+  auto* panels = static_cast<Weight*>(const_cast<void*>(dense.panels));
+  const int64_t steps = dense.inputs / P::kStep;
+  parallel(dense.outputs / kPanel, dense.outputs * dense.inputs, [&](int64_t panel) {
+    for (int64_t c = 0; c < kPanel; ++c) {
+      const int64_t n = panel * kPanel + c;
+      Weight* out = panels + panel * steps * kPanel + c;
+      const_cast<float*>(dense.bias)[n] = source.bias[n];
+      if constexpr (P::kQuantised) {
+        const ChannelScale channel(source, n, dense.inputs);
+        int64_t sum = 0;
+        for (int64_t step = 0; step < steps; ++step, out += kPanel) {
+          typename P::Number numbers[P::kStep];
+          for (int i = 0; i < P::kStep; ++i) {
+            const float w = channel.inverse == 0.f ? 0.f : source.at(n, step * P::kStep + i) * channel.inverse;
+            sum += numbers[i] = static_cast<typename P::Number>(std::nearbyint(w));
+          }
+          std::memcpy(out, numbers, sizeof numbers);
+        }
+        const_cast<float*>(dense.scales)[n] = channel.scale;
+        const_cast<float*>(dense.column_sums)[n] = static_cast<float>(sum);
+      } else if constexpr (P::kStep == 2) {
+        for (int64_t step = 0; step < steps; ++step, out += kPanel) {
+          const BFloat16 pair[2] = {BFloat16(source.at(n, 2 * step)), BFloat16(source.at(n, 2 * step + 1))};
+          std::memcpy(out, pair, sizeof pair);
+        }
+      } else {
+        for (int64_t step = 0; step < steps; ++step, out += kPanel) *out = static_cast<Weight>(source.at(n, step));
+      }
+    }
+  });
+}
+
+inline void copy_padded(const float* from, int64_t n, const float* to, int64_t padded) {
+  float* out = const_cast<float*>(to);
+  std::copy_n(from, n, out);
+  std::fill_n(out + n, padded - n, 0.f);
+}
+
+// Source of each of `padded` features, −1 past the n-th.
+inline std::vector<int64_t> plain_features(int64_t n, int64_t padded) {
+  std::vector<int64_t> features(padded, -1);
+  for (int64_t i = 0; i < n; ++i) features[i] = i;
+  return features;
+}
+
+// The same where each head is padded by itself.
+inline std::vector<int64_t> head_features(const Sizes& sizes) {
+  std::vector<int64_t> features(sizes.context(), -1);
+  for (int64_t i = 0; i < sizes.hidden; ++i) {
+    features[i / sizes.head() * sizes.padded_head() + i % sizes.head()] = i;
+  }
+  return features;
+}
+
+// `weights`: gain and shift of the embeddings' LayerNorm; then of each layer weight and bias of query, key, value and
+// output projection, gain and shift, weight and bias of both feed-forward layers, gain and shift.
+template <class P>
+Tensor pack(const Sizes& wanted, const std::vector<Tensor>& weights) {
+  const Sizes sizes = lay_out<P>(wanted, nullptr).sizes;
+  Tensor packed = empty({sizes.bytes}, ScalarType::Byte);
+  char* begin = data<char>(packed);
+  std::memcpy(begin, &sizes, sizeof sizes);
+  const Model model = lay_out<P>(sizes, begin);
+  const int64_t hidden = sizes.hidden, padded = sizes.padded_hidden();
+  const auto heads = head_features(sizes), plain = plain_features(hidden, padded),
+             wide = plain_features(sizes.intermediate, sizes.padded_intermediate());
+  size_t next = 0;
+  auto take = [&](int64_t size) {
+    STD_TORCH_CHECK(next < weights.size(), "encoder_pack: too few weights");
+    const Tensor& x = weights[next++];
+    STD_TORCH_CHECK(x.numel() == size && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
+                    "encoder_pack: weight ", next - 1, " should be ", size, " contiguous float32 values");
+    return static_cast<const float*>(x.const_data_ptr());
+  };
+  auto read_norm = [&](const float* gain, const float* shift) {
+    copy_padded(take(hidden), hidden, gain, padded);
+    copy_padded(take(hidden), hidden, shift, padded);
+  };
+  auto read_dense = [&](const Dense& dense, int64_t inputs, int64_t outputs, const std::vector<int64_t>& columns,
+                        const std::vector<int64_t>& rows, int parts) {
+    DenseSource source;
+    source.columns = columns;
+    for (int part = 0; part < parts; ++part) {
+      const float* weight = take(outputs * inputs);
+      const float* bias = take(outputs);
+      for (const int64_t n : rows) {
+        source.rows.push_back(n < 0 ? nullptr : weight + n * inputs);
+        source.bias.push_back(n < 0 ? 0.f : bias[n]);
+      }
+    }
+    pack_dense<P>(dense, source);
+  };
+  read_norm(model.gain, model.shift);
+  for (const Layer& layer : model.layers) {
+    read_dense(layer.qkv, hidden, hidden, plain, heads, 3);
+    read_dense(layer.out, hidden, hidden, heads, plain, 1);
+    read_norm(layer.attention_gain, layer.attention_shift);
+    read_dense(layer.up, hidden, sizes.intermediate, plain, wide, 1);
+    read_dense(layer.down, sizes.intermediate, hidden, wide, plain, 1);
+    read_norm(layer.output_gain, layer.output_shift);
+  }
+  return packed;
+}
+
+}  // namespace triton_st

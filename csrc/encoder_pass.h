@@ -1,0 +1,267 @@
+// One forward pass over a run of whole sequences in one workspace, cut into stages. A stage's units may run in any order
+// and on any thread once the stage before is done; every unit computes the same bits however stages are cut.
+#pragma once
+
+#include <optional>
+
+#include "encoder_attention.h"
+#include "encoder_model.h"
+
+namespace triton_st {
+
+// --- elementwise ---
+
+// x · Φ(x), to within 3e-7.
+inline Vec gelu(Vec x, float) {
+  const Vec z = x * 0.70710678f, size = absolute(z);
+  const Vec t = splat(1.f) / fma(size, splat(0.3275911f), splat(1.f));  // Abramowitz & Stegun 7.1.26
+  Vec p = fma(splat(1.061405429f), t, splat(-1.453152027f));
+  p = fma(p, t, splat(1.421413741f));
+  p = fma(p, t, splat(-0.284496736f));
+  p = fma(p, t, splat(0.254829592f));
+  const Vec tail = p * t * exp(-z * z);  // 1 − erf |z|
+  const Vec half = x * 0.5f;
+  return z < 0.f ? half * tail : fma(-half, tail, x);
+}
+
+// x · Φ(x), to within 4e-5: less than bf16 or int8 can hold of it.
+inline Vec gelu(Vec x, BFloat16) {
+  constexpr float kEnd = 4.5f;
+#if defined(TRITON_ST_AVX512)
+  const Vec inside = _mm512_range_ps(x, splat(kEnd), 0b0010);  // the lesser magnitude, the sign of x
+#else
+  const Vec high = splat(kEnd);
+  Vec inside = x > high ? high : x;
+  inside = inside < -high ? -high : inside;
+#endif
+  const Vec t = inside * inside;
+  Vec p = fma(splat(3.000311668e-11f), t, splat(-3.284190113e-9f));
+  p = fma(p, t, splat(1.580361761e-7f));
+  p = fma(p, t, splat(-4.431894246e-6f));
+  p = fma(p, t, splat(8.121211597e-5f));
+  p = fma(p, t, splat(-1.036269050e-3f));
+  p = fma(p, t, splat(9.580708940e-3f));
+  p = fma(p, t, splat(-6.597735957e-2f));
+  p = fma(p, t, splat(3.987086181e-1f));
+  return x * fma(p, inside, splat(0.5f));  // NaN and inf come through
+}
+
+inline Ints lane_numbers() {
+  Ints lanes;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// Layer normalisation of n values in place; what lies behind them up to a multiple of kPanel is and stays 0.
+inline void layer_norm(float* x, int64_t n, const float* gain, const float* shift, float eps) {
+  const int64_t padded = round_up(n, kPanel);
+  Vec sums[4] = {};
+  for (int64_t i = 0; i < padded; i += kPanel) {
+    sums[i / kPanel % 2] += load(x + i);
+    sums[2 + i / kPanel % 2] += load(x + i + kWidth);
+  }
+  const Vec mean = splat(sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(n));
+  const Ints lanes = lane_numbers();
+  Vec squares[2] = {};
+  for (int64_t i = 0; i < padded; i += kPanel) {
+    for (int v = 0; v < 2; ++v) {
+      Vec off = load(x + i + v * kWidth) - mean;
+      if (i + kPanel > n) off = lanes < static_cast<int32_t>(n - i - v * kWidth) ? off : Vec{};
+      squares[v] = fma(off, off, squares[v]);
+    }
+  }
+  const Vec inverse = splat(1.f / std::sqrt(sum(squares[0] + squares[1]) / static_cast<float>(n) + eps));
+  for (int64_t i = 0; i < padded; i += kWidth) {
+    store(x + i, fma((load(x + i) - mean) * inverse, load(gain + i), load(shift + i)));
+  }
+}
+
+// --- the batch ---
+
+// Packed sequences and the tables that their ids index.
+struct Batch {
+  const int32_t* ids;
+  const int32_t* cu_seqlens;
+  const int32_t* types;  // or null: all 0
+  int64_t sequences;
+  Matrix<const float> word, position;
+  std::optional<Matrix<const float>> token_type;
+  int64_t position_offset;
+  std::optional<Matrix<const float>> position_bias;  // [heads, 2 · span − 1], of query − key from 1 − span on
+  int64_t length(int64_t s) const { return cu_seqlens[s + 1] - cu_seqlens[s]; }
+};
+
+// Memory that a pass works in; kept from call to call.
+struct Workspace {
+  Buffer x, x_lanes, qkv, context, context_lanes, hidden, hidden_lanes, row_scales, pooled;
+};
+
+// Elements from row to row: no multiple of the cache's period.
+template <class T>
+int64_t padded_stride(int64_t n) {
+  return n + 64 / static_cast<int64_t>(sizeof(T));
+}
+
+template <class P>
+class Pass {
+ public:
+  using Activation = typename P::Activation;
+
+  // Sequences [first, last) of the batch, with room for hidden activations of `hidden_rows` rows.
+  Pass(const Model& model, const Batch& batch, Workspace& workspace, int64_t first, int64_t last, int64_t hidden_rows)
+      : model_(model),
+        batch_(batch),
+        base_(batch.cu_seqlens[first]),
+        hidden_(model.sizes.padded_hidden()),
+        context_(model.sizes.context()),
+        intermediate_(model.sizes.padded_intermediate()),
+        x_stride_(padded_stride<float>(hidden_)),
+        qkv_stride_(padded_stride<Activation>(3 * context_)),
+        context_stride_(padded_stride<Activation>(context_)),
+        fed_stride_(padded_stride<Activation>(intermediate_)) {
+    const int64_t rows = batch.cu_seqlens[last] - base_;
+    x_ = workspace.x.reserve(rows * x_stride_);
+    qkv_ = activations(workspace.qkv, rows * qkv_stride_);
+    attended_ = activations(workspace.context, rows * context_stride_);
+    fed_ = activations(workspace.hidden, hidden_rows * fed_stride_);
+    if constexpr (P::kQuantised || !kFloatLanes) {
+      x_operand_ = own_lanes(workspace.x_lanes, rows, hidden_);
+    } else {
+      x_operand_ = {x_, x_stride_, nullptr, nullptr};
+    }
+    if constexpr (P::kQuantised) {
+      context_operand_ = own_lanes(workspace.context_lanes, rows, context_);
+      hidden_operand_ = own_lanes(workspace.hidden_lanes, hidden_rows, intermediate_);
+      float* scales = workspace.row_scales.reserve(4 * rows + 2 * hidden_rows);
+      x_operand_.scales = scales;
+      x_operand_.zeros = scales + rows;
+      context_operand_.scales = scales + 2 * rows;
+      context_operand_.zeros = scales + 3 * rows;
+      hidden_operand_.scales = scales + 4 * rows;
+      hidden_operand_.zeros = scales + 4 * rows + hidden_rows;
+    } else {
+      context_operand_ = {reinterpret_cast<const float*>(attended_), context_stride_ / P::kStep, nullptr, nullptr};
+      hidden_operand_ = {reinterpret_cast<const float*>(fed_), fed_stride_ / P::kStep, nullptr, nullptr};
+    }
+  }
+
+  // --- stages; rows are counted from the first sequence's first token ---
+
+  void embed(int64_t sequence) {
+    const int64_t begin = batch_.cu_seqlens[sequence], n = batch_.length(sequence), hidden = model_.sizes.hidden;
+    for (int64_t t = 0; t < n; ++t) {
+      float* out = x_ + (begin - base_ + t) * x_stride_;
+      const float* word = batch_.word.row(batch_.ids[begin + t]);
+      const float* position = batch_.position.row(t + batch_.position_offset);
+      const float* type =
+          batch_.token_type ? batch_.token_type->row(batch_.types ? batch_.types[begin + t] : 0) : nullptr;
+      for (int64_t i = 0; i < hidden_; i += kWidth) {
+        Vec sum = load_some(word + i, hidden - i) + load_some(position + i, hidden - i);
+        if (type) sum += load_some(type + i, hidden - i);
+        store(out + i, sum);
+      }
+    }
+    normalise(begin - base_, n, model_.gain, model_.shift);
+  }
+
+  void project_qkv(const Layer& layer, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+    dense_product<P>(x_operand_, row, rows, layer.qkv, panel, panels, [&](int64_t r, int64_t c, Vec low, Vec high) {
+      put(qkv_ + r * qkv_stride_ + c, low);
+      put(qkv_ + r * qkv_stride_ + c + kWidth, high);
+    });
+  }
+
+  void attend_head(int64_t sequence, int64_t head) {
+    const int64_t row = batch_.cu_seqlens[sequence] - base_, size = model_.sizes.padded_head();
+    const Activation* queries = qkv_ + row * qkv_stride_ + head * size;
+    const Head<Activation> parts{queries,     queries + context_, queries + 2 * context_,
+                                 qkv_stride_, size,               batch_.length(sequence)};
+    const float* bias = batch_.position_bias ? batch_.position_bias->row(head) + batch_.position_bias->cols / 2 : nullptr;
+    attend(parts, 1.f / std::sqrt(static_cast<float>(model_.sizes.head())), bias,
+           attended_ + row * context_stride_ + head * size, context_stride_);
+  }
+
+  void finish_context(int64_t row, int64_t rows) {
+    const int64_t used = model_.sizes.heads * model_.sizes.padded_head();  // the rest of a panel nobody has written
+    for (int64_t r = row; r < row + rows; ++r) {
+      Activation* values = attended_ + r * context_stride_;
+      for (int64_t i = used; i < context_; i += kWidth) put(values + i, Vec{});
+      quantise_row(values, context_, context_operand_, r);
+    }
+  }
+
+  void project_out(const Layer& layer, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+    dense_product<P>(context_operand_, row, rows, layer.out, panel, panels,
+                     [&](int64_t r, int64_t c, Vec low, Vec high) { add_to_x(r, c, low, high); });
+  }
+
+  void normalise(int64_t row, int64_t rows, const float* gain, const float* shift) {
+    for (int64_t r = row; r < row + rows; ++r) {
+      float* x = x_ + r * x_stride_;
+      layer_norm(x, model_.sizes.hidden, gain, shift, static_cast<float>(model_.sizes.eps));
+      quantise_row(x, hidden_, x_operand_, r);
+      if constexpr (!P::kQuantised && !kFloatLanes) {
+        auto* out = reinterpret_cast<Activation*>(const_cast<float*>(x_operand_.lanes) + r * x_operand_.stride);
+        for (int64_t i = 0; i < hidden_; i += kWidth) put(out + i, load(x + i));
+      }
+    }
+  }
+
+  // Hidden activations of row r lie in row r − hidden_row of their memory.
+  void feed_up(const Layer& layer, int64_t hidden_row, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+    using Accuracy = std::conditional_t<kFloatLanes && !P::kQuantised, float, BFloat16>;
+    dense_product<P>(x_operand_, row, rows, layer.up, panel, panels, [&](int64_t r, int64_t c, Vec low, Vec high) {
+      put(fed_ + (r - hidden_row) * fed_stride_ + c, gelu(low, Accuracy()));
+      put(fed_ + (r - hidden_row) * fed_stride_ + c + kWidth, gelu(high, Accuracy()));
+    });
+  }
+
+  // Rows of the hidden activations' memory.
+  void finish_hidden(int64_t row, int64_t rows) {
+    for (int64_t r = row; r < row + rows; ++r) quantise_row(fed_ + r * fed_stride_, intermediate_, hidden_operand_, r);
+  }
+
+  void feed_down(const Layer& layer, int64_t hidden_row, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+    dense_product<P>(hidden_operand_, row - hidden_row, rows, layer.down, panel, panels,
+                     [&](int64_t r, int64_t c, Vec low, Vec high) { add_to_x(r + hidden_row, c, low, high); });
+  }
+
+  const float* states(int64_t sequence) const { return x_ + (batch_.cu_seqlens[sequence] - base_) * x_stride_; }
+  int64_t states_stride() const { return x_stride_; }
+
+ private:
+  static constexpr bool kFloatLanes = P::kStep == 1;  // activations are operands as they lie in memory
+
+  static Activation* activations(Buffer& buffer, int64_t count) {
+    return reinterpret_cast<Activation*>(buffer.reserve(ceil_div(count * sizeof(Activation), sizeof(float))));
+  }
+
+  static Operand own_lanes(Buffer& buffer, int64_t rows, int64_t inputs) {
+    const int64_t stride = inputs / P::kStep + 16;
+    return {buffer.reserve(rows * stride), stride, nullptr, nullptr};
+  }
+
+  void add_to_x(int64_t row, int64_t column, Vec low, Vec high) {
+    float* x = x_ + row * x_stride_ + column;
+    store(x, load(x) + low);
+    store(x + kWidth, load(x + kWidth) + high);
+  }
+
+  template <class T>
+  void quantise_row(const T* values, int64_t n, const Operand& operand, int64_t row) {
+    if constexpr (P::kQuantised) {
+      auto* levels = reinterpret_cast<Int8Precision::Level*>(const_cast<float*>(operand.lanes) + row * operand.stride);
+      quantise(values, n, levels, const_cast<float*>(operand.scales) + row, const_cast<float*>(operand.zeros) + row);
+    }
+  }
+
+  const Model& model_;
+  const Batch& batch_;
+  int64_t base_, hidden_, context_, intermediate_;
+  int64_t x_stride_, qkv_stride_, context_stride_, fed_stride_;
+  float* x_;
+  Activation *qkv_, *attended_, *fed_;
+  Operand x_operand_, context_operand_, hidden_operand_;
+};
+
+}  // namespace triton_st

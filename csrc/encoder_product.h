@@ -1,0 +1,262 @@
+// Products of activations with weights that are packed once: fp32, weights stored in half, pairs of bf16, and int8.
+// Every result is summed over the inner dimension from its first step to its last, whatever the rows beside it, so that
+// the bits of a row depend on that row alone.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
+#include "gemm.h"
+
+#if defined(TRITON_ST_AVX512) && defined(__AVX512VNNI__)
+#define TRITON_ST_VNNI 1
+#endif
+
+namespace triton_st {
+
+// A precision says how a panel of weights is stored (kStep adjacent steps of the inner dimension in one Weight) and in
+// which type activations lie in memory.
+
+struct FloatPrecision {
+  using Weight = float;
+  using Activation = float;
+  using Sum = Vec;
+  static constexpr int kStep = 1;
+  static constexpr bool kQuantised = false;
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+};
+
+// Weights are stored in half and widened as they are read: half the memory to read, fp32 arithmetic.
+template <class T>
+struct StoredPrecision : FloatPrecision {
+  using Weight = T;
+};
+
+#if defined(TRITON_ST_BF16_DOT)
+struct PairPrecision {
+  using Weight = float;  // a pair of bf16
+  using Activation = BFloat16;
+  using Sum = Vec;
+  static constexpr int kStep = 2;
+  static constexpr bool kQuantised = false;
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return triton_st::multiply_add<true>(a, b, c); }
+};
+using BFloat16Precision = PairPrecision;
+using CompactActivation = BFloat16;
+#else
+using BFloat16Precision = StoredPrecision<BFloat16>;
+using CompactActivation = float;
+#endif
+
+// Activations are unsigned bytes (per row: scale and zero point), weights signed bytes (per output: scale); sums are
+// exact. Without an instruction for that, both are widened to 16 bits.
+struct Int8Precision {
+  using Weight = float;  // four bytes, or two numbers of 16 bits
+  using Activation = CompactActivation;
+  using Sum = Ints;
+#if defined(TRITON_ST_VNNI)
+  using Number = int8_t;
+  using Level = uint8_t;
+#else
+  using Number = int16_t;
+  using Level = int16_t;
+#endif
+  static constexpr int kStep = 4 / sizeof(Number);
+  static constexpr bool kQuantised = true;
+  static Ints multiply_add(Vec a, Vec b, Ints c) {
+#if defined(TRITON_ST_VNNI)
+    // The intrinsic makes GCC 12 spill its sums, at 40 % of the speed.
+    asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+#elif defined(TRITON_ST_AVX512)
+    return c + reinterpret_cast<Ints>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(TRITON_ST_AVX2)
+    return c + reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+    const Ints x = as_ints(a), y = as_ints(b);
+    return c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+  }
+};
+
+// --- the register tile ---
+
+// sums[kRows][2] = a[kRows, steps] · b[steps, kVecs · kWidth]. Lane (row, step) of a is at row · a_stride + step, or,
+// kDepthMajor, at step · a_stride + row; step s of b begins at s · b_stride.
+template <class P, bool kDepthMajor, int kVecs, int kRows>
+void multiply(const float* a, int64_t a_stride, const typename P::Weight* b, int64_t b_stride, int64_t steps,
+              typename P::Sum* sums) {
+  typename P::Sum acc[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = typename P::Sum{};
+  }
+  // Rows are reached from every third one: x86 adds 0, 1 or 2 strides for nothing, and so few pointers fit registers.
+  const float* third[(kRows + 2) / 3];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; r += 3) third[r / 3] = kDepthMajor ? a + r : a + r * a_stride;
+  for (int64_t step = 0; step < steps; ++step) {
+    Vec w[kVecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) w[v] = load(b + v * kWidth);
+    b += b_stride;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = broadcast(third[r / 3] + (kDepthMajor ? r % 3 : r % 3 * a_stride));
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = P::multiply_add(x, w[v], acc[r][v]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; r += 3) third[r / 3] += kDepthMajor ? a_stride : 1;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) sums[2 * r + v] = acc[r][v];
+  }
+}
+
+template <class P>
+using Multiply = void (*)(const float*, int64_t, const typename P::Weight*, int64_t, int64_t, typename P::Sum*);
+
+// The tile of `rows` ≤ kTileRows rows.
+template <class P, bool kDepthMajor, int kVecs>
+Multiply<P> multiply_of(int64_t rows) {
+  static constexpr auto table = []<int... kRows>(std::integer_sequence<int, kRows...>) {
+    return std::array<Multiply<P>, kTileRows>{&multiply<P, kDepthMajor, kVecs, kRows + 1>...};
+  }(std::make_integer_sequence<int, kTileRows>());
+  return table[rows - 1];
+}
+
+// --- one dense layer ---
+
+// y = x · Wᵀ + bias, W packed into panels of kPanel outputs; sizes are padded ones.
+struct Dense {
+  const void* panels;
+  const float* bias;
+  const float* scales;       // int8: of each output
+  const float* column_sums;  // int8: of each output's weights, in steps of its scale
+  int64_t inputs, outputs;
+};
+
+// Left operand of a product: lanes of 32 bits, and for int8 each row's scale and zero point.
+struct Operand {
+  const float* lanes;
+  int64_t stride;
+  const float* scales;
+  const float* zeros;
+};
+
+// Turns a tile's sums into values: the bias, and for int8 the scales.
+template <class P>
+class Values {
+ public:
+  Values(const Dense& dense, const Operand& x, int64_t column) : x_(x) {
+    for (int v = 0; v < 2; ++v) {
+      bias_[v] = load(dense.bias + column + v * kWidth);
+      if constexpr (P::kQuantised) {
+        scales_[v] = load(dense.scales + column + v * kWidth);
+        column_sums_[v] = load(dense.column_sums + column + v * kWidth);
+      }
+    }
+  }
+  Vec operator()(typename P::Sum sum, int v, int64_t row) const {
+    if constexpr (P::kQuantised) {
+      const Vec whole = fma(splat(-x_.zeros[row]), column_sums_[v], __builtin_convertvector(sum, Vec));
+      return fma(whole * scales_[v], splat(x_.scales[row]), bias_[v]);
+    } else {
+      return sum + bias_[v];
+    }
+  }
+
+ private:
+  Operand x_;
+  Vec bias_[2], scales_[2], column_sums_[2];
+};
+
+// consume(row, column, low, high): the values of kPanel outputs from `column` on, for each of `rows` rows from `row` on
+// and each of `panels` panels from `panel` on.
+template <class P, class Consume>
+void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& dense, int64_t panel, int64_t panels,
+                   Consume&& consume) {
+  const int64_t steps = dense.inputs / P::kStep;
+  alignas(64) typename P::Sum sums[2 * kTileRows];
+  for (int64_t p = panel; p < panel + panels; ++p) {
+    const auto* weights = static_cast<const typename P::Weight*>(dense.panels) + p * steps * kPanel;
+    const Values<P> values(dense, x, p * kPanel);
+    for_row_groups(rows, [&](int64_t group, int64_t count) {
+      const int64_t first = row + group;
+      multiply_of<P, false, 2>(count)(x.lanes + first * x.stride, x.stride, weights, kPanel, steps, sums);
+      for (int64_t r = 0; r < count; ++r) {
+        consume(first + r, p * kPanel, values(sums[2 * r], 0, first + r), values(sums[2 * r + 1], 1, first + r));
+      }
+    });
+  }
+}
+
+// --- storing activations ---
+
+inline void put(float* p, Vec x) { store(p, x); }
+inline void put(BFloat16* p, Vec x) {
+#if defined(TRITON_ST_BF16_DOT)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+#else
+  store(p, x);
+#endif
+}
+
+inline float largest_lane(Vec x) {
+#if defined(TRITON_ST_AVX512)
+  return _mm512_reduce_max_ps(x);
+#else
+  return largest(x);
+#endif
+}
+
+inline void put_levels(uint8_t* out, Ints x) {
+#if defined(TRITON_ST_AVX512)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x)));
+#else
+  for (int i = 0; i < kWidth; ++i) out[i] = static_cast<uint8_t>(x[i]);
+#endif
+}
+
+inline void put_levels(int16_t* out, Ints x) {
+#if defined(TRITON_ST_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(x)));
+#else
+  for (int i = 0; i < kWidth; ++i) out[i] = static_cast<int16_t>(x[i]);
+#endif
+}
+
+// The n values at x (a multiple of kWidth) as bytes: x ≈ (level − zero) · scale. The range always holds 0, so that
+// padding stays exact. What is not finite makes the scale NaN.
+template <class T>
+void quantise(const T* x, int64_t n, Int8Precision::Level* levels, float* scale, float* zero) {
+  Vec most{}, least{}, finite{};
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const Vec v = load(x + i);
+    most = maximum(v, most);
+    least = maximum(-v, least);
+    finite = fma(v, Vec{}, finite);
+  }
+  const float low = largest_lane(least), range = largest_lane(most) + low;
+  const float step = range > 1e-30f ? range / 255.f : 1e-30f;
+  const float offset = std::nearbyint(low / step);
+  *scale = step + sum(finite);
+  *zero = offset;
+  constexpr float kMagic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  const Vec inverse = splat(1.f / step), magic = splat(kMagic);
+  const Ints shift = Ints{} + (static_cast<int32_t>(offset) - 0x4b400000);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    Ints level = as_ints(fma(load(x + i), inverse, magic)) + shift;
+    level = level < 0 ? Ints{} : level;
+    level = level > 255 ? Ints{} + 255 : level;
+    put_levels(levels + i, level);
+  }
+}
+
+}  // namespace triton_st
