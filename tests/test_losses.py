@@ -103,7 +103,7 @@ def test_settings_and_citation(models):
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_scale_must_be_positive(models, scale):
-    with pytest.raises(ValueError, match="scale: expected a finite positive number"):
+    with pytest.raises(ValueError, match="scale must be a finite number > 0"):
         losses.MultipleNegativesRankingLoss(models[0], scale=scale)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -69,7 +69,7 @@ def mnrl_loss(  # type: ignore[misc]  # `how` stands for the keywords below
     documents: Tensor,
     scale: float | Tensor = 20.0,
     *,
-    similarity: str = "cos_sim",
+    similarity: str | Callable[[Tensor, Tensor], Tensor] = "cos_sim",
     targets: Tensor | int | None = None,
     directions: Sequence[str] = ("query_to_doc",),
     partition_mode: str = "joint",
@@ -99,7 +99,8 @@ def mnrl_loss(  # type: ignore[misc]  # `how` stands for the keywords below
         documents: [M, D], M a multiple of B: the B positives, then B hard negatives, and so on.
         scale: inverse temperature, finite and > 0: a number, or a tensor [] or [B] (one for each query), which may want
             a gradient.
-        similarity: "cos_sim" or "dot".
+        similarity: "cos_sim" or "dot"; or any function [N, D], [K, D] -> [N, K], which runs in plain PyTorch, with all
+            similarities at once.
         targets: int64 [B], the position of each query's positive in `documents`, of which there may then be any number
             (directions: query_to_doc alone). Or a number, the position of the first query in `all_queries`.
         directions: "query_to_doc", which must be there, and any of
@@ -138,7 +139,8 @@ def mnrl_loss(  # type: ignore[misc]  # `how` stands for the keywords below
     MultipleNegativesRankingLoss, https://sbert.net/docs/package_reference/sentence_transformer/losses.html
     """
     require_floating(queries=queries)
-    _require_choice("similarity", similarity, SIMILARITIES)
+    if not callable(similarity):
+        _require_choice("similarity", similarity, SIMILARITIES)
     _require_choice("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
     _require_choice("reduction", reduction, REDUCTIONS)
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
@@ -185,7 +187,9 @@ def mnrl_loss(  # type: ignore[misc]  # `how` stands for the keywords below
         queries, documents, all_queries, targets, offset, scale, row_weights if reduce else None, *options,
         reduce, gradients and reduce, diagnostics,
     )  # fmt: skip
-    if observed() or not all(type(x) in (Tensor, torch.nn.Parameter, type(None)) for x in tensors):
+    if callable(similarity):
+        loss, facts = _plain(similarity, *arguments)
+    elif observed() or not all(type(x) in (Tensor, torch.nn.Parameter, type(None)) for x in tensors):
         result = torch.ops.triton_st.mnrl_loss_forward(*arguments)
         loss, facts = result[0], result[-1]
     elif gradients:
@@ -195,6 +199,17 @@ def mnrl_loss(  # type: ignore[misc]  # `how` stands for the keywords below
     if not reduce and row_weights is not None:
         loss = loss * row_weights
     return (loss, RankingDiagnostics(*facts.unbind())) if diagnostics else loss
+
+
+def _plain(similarity: Callable[[Tensor, Tensor], Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, (reduce, _, diagnostics) = arguments[:_INPUTS], arguments[_INPUTS:]
+    rows.check(*inputs)
+    specified: Callable[..., Any] = reference.mnrl_rows
+    losses, *_none, facts = specified(*inputs, False, diagnostics, similarity)
+    row_weights = inputs[6]
+    if reduce:
+        losses = losses.mean() if row_weights is None else (losses * row_weights).sum()
+    return losses, facts.detach()
 
 
 def require_scale(scale: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ def mnrl_rows(
     dim_weights: Sequence[float],
     gradients: bool,
     diagnostics: bool,
+    similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss of each of B queries, and the gradients of Σ_i row_weights[i] · losses[i].
 
@@ -83,6 +84,8 @@ def mnrl_rows(
             all columns, with weight 1. Masks by margin and cosines are each prefix's own.
         gradients: whether to compute them here; without it, autograd can derive `losses`.
         diagnostics: whether to compute them.
+        similarity_fct: no argument of the operator: [N, D], [K, D] -> [N, K] in place of cosine and dot, queries first
+            in query_to_doc and doc_to_query; without `gradients`, which autograd then derives.
 
     Returns:
         losses [B]; gradients of queries [B, D], documents [M, D], all_queries [W, D] and scale [B] (row by row); and
@@ -138,14 +141,12 @@ def mnrl_rows(
             DOC_TO_DOC: (left_d, right_d, keep_documents & ~is_own_document, None),
         }
         chosen = [bit for bit in blocks if directions & bit]
-        positive = (left_q * left_d).sum(1, keepdim=True)
+        similarities = [_similarity(similarity_fct, bit, *blocks[bit][:2]) for bit in chosen]
+        positive = similarities[0].gather(1, target[:, None])
         bound = None if margin is None else positive - margin * (positive.abs() if relative_margin else 1)
-        similarities, logits = [], []
-        for bit in chosen:
-            left, right, candidate, is_positive = blocks[bit]
-            similarity = left @ right.T
-            if is_positive is not None:
-                similarity = torch.where(is_positive, positive, similarity)
+        logits = []
+        for bit, similarity in zip(chosen, similarities, strict=True):
+            candidate, is_positive = blocks[bit][2:]
             if bound is not None:
                 candidate = candidate & ~(similarity > bound)
                 candidate = candidate if is_positive is None else candidate | is_positive
@@ -155,7 +156,6 @@ def mnrl_rows(
                 logit = logit + torch.where(penalised, hardness_strength * similarity.detach(), 0)
                 if diagnostics:
                     facts = _diagnostics(similarity, candidate & ~is_target, positive)
-            similarities.append(similarity)
             logits.append(logit.masked_fill(~candidate, -torch.inf))
 
         sums = [torch.cat(logits, 1).logsumexp(1)] * len(chosen) if joint else [x.logsumexp(1) for x in logits]
@@ -190,6 +190,13 @@ def mnrl_rows(
     if not gradients:
         grad_q, grad_d, grad_others, grad_scale = (q.new_empty(0) for _ in range(4))
     return losses, grad_q, grad_d, q.new_empty(0) if others is None else grad_others, grad_scale, facts
+
+
+def _similarity(fct: Callable[[Tensor, Tensor], Tensor] | None, bit: int, left: Tensor, right: Tensor) -> Tensor:
+    if fct is None:
+        return left @ right.T
+    queries_left = bit in (QUERY_TO_DOC, QUERY_TO_QUERY)
+    return fct(left, right) if queries_left else fct(right, left).T
 
 
 def _penalised(mode: int, is_target: Tensor, is_own_document: Tensor) -> Tensor:
