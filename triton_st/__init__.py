@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from triton_st import backend, data, evaluation, losses, ops, recipes, synthetic, training_args, util
+    from triton_st.integrations.sentence_transformers import accelerate
     from triton_st.sentence_transformer import SentenceTransformer
     from triton_st.training import SentenceTransformerTrainer
     from triton_st.training_args import BatchSamplers, SentenceTransformerTrainingArguments
@@ -21,6 +22,7 @@ _HOME = {
     "SentenceTransformerTrainer": "training",
     "SentenceTransformerTrainingArguments": "training_args",
     "BatchSamplers": "training_args",
+    "accelerate": "integrations.sentence_transformers",
 }
 _MODULES = ("backend", "data", "evaluation", "losses", "ops", "recipes", "synthetic", "training_args", "util")
 
@@ -29,6 +31,7 @@ __all__ = [
     "SentenceTransformer",
     "SentenceTransformerTrainer",
     "SentenceTransformerTrainingArguments",
+    "accelerate",
     "backend",
     "data",
     "evaluation",

@@ -2,7 +2,7 @@
 
 CUDA and ROCm tensors go to Triton, CPU tensors to the compiled C++ of `csrc/`, and all else (another device, float64,
 no compiler) to `triton_st.reference`. `TRITON_ST_BACKEND=triton|cpp|reference` or `use(...)` forces one: what it
-cannot serve is then an error, never a silent fallback.
+cannot serve is then an error, never a silent fallback. `TRITON_ST_DISABLE=1` forces the reference above all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def _named(name: str | None, source: str) -> str | None:
     return name
 
 
-_forced = _named(os.environ.get("TRITON_ST_BACKEND") or None, "TRITON_ST_BACKEND")
+DISABLED = os.environ.get("TRITON_ST_DISABLE") == "1"
+"""The kill switch: everything then runs in plain PyTorch, whatever else is asked for."""
+
+_forced = "reference" if DISABLED else _named(os.environ.get("TRITON_ST_BACKEND") or None, "TRITON_ST_BACKEND")
 
 
 @contextlib.contextmanager

@@ -51,9 +51,10 @@ def load_encoder(folder: str | Path, **config_kwargs: Any) -> PackedEncoder:
         raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
     config_fields = read_json(config_path)
     model_type = config_fields.get("model_type")
-    if model_type not in SERVED_TYPES:
-        raise ValueError(f"{config_path}: model type {model_type!r} is not served; served: {', '.join(SERVED_TYPES)}")
-    family = _FAMILIES[model_type]
+    try:
+        family = family_of(model_type)
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}") from None
     try:
         config = family.config_class.from_dict(config_fields | config_kwargs)
     except Exception as error:  # transformers' validation has error types of its own
@@ -69,6 +70,13 @@ def load_encoder(folder: str | Path, **config_kwargs: Any) -> PackedEncoder:
         raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
     model.requires_grad_(True)
     return model.eval()
+
+
+def family_of(model_type: str | None) -> type[PackedEncoder]:
+    """The encoder class for a transformers config's `model_type`; ValueError for a type that is not served."""
+    if model_type not in _FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not served; served: {', '.join(SERVED_TYPES)}")
+    return _FAMILIES[model_type]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
