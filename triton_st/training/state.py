@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class RunningLoss:
     logged_step: int = 0
 
 
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    """Sums of the loss' diagnostics since the last log entry."""
 class RunState:
     """Optimizer, schedule, loss scale, counters and history of one run.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from triton_st.data import LABEL_COLUMNS
+from triton_st.losses.columns import TEXT_IDS, text_id
 
 TEXTS_AT_ONCE = 4096
 
@@ -25,6 +26,7 @@ class TokenizedDataset:
         tokenize: texts -> packed features, truncated as the model wants them (`SentenceTransformer.tokenize`).
         prompts: a text to put before every text, or column name -> such a text.
         name: what errors call the data set.
+        text_ids: put an id for each text, the same for the same text under any prompt, into the features.
 
     Raises:
         TypeError: `dataset` is not a `datasets.Dataset`, or a cell is no string (or a label no number).
@@ -37,6 +39,8 @@ class TokenizedDataset:
         tokenize: Callable[[list[str]], Mapping[str, Any]],
         prompts: str | Mapping[str, str] | None = None,
         name: str = "dataset",
+        *,
+        text_ids: bool = False,
     ) -> None:
         if not hasattr(dataset, "column_names") or isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
             raise TypeError(f"`{name}`: expected one datasets.Dataset, got {type(dataset).__name__}")
@@ -53,6 +57,7 @@ class TokenizedDataset:
             raise ValueError(f"`prompts`: {name} has no column {', '.join(sorted(unknown))}; it has {self.columns}")
 
         numbers: dict[str, int] = {}  # text -> its number, in order of appearance
+        self._ids = np.empty((len(self.columns), len(dataset)), dtype=np.int64) if text_ids else None
         self._text_of = np.empty((len(self.columns), len(dataset)), dtype=np.int64)  # [columns, rows]
         for index, column in enumerate(self.columns):
             prompt = prompts.get(column, "") if isinstance(prompts, Mapping) else prompts or ""
@@ -61,6 +66,8 @@ class TokenizedDataset:
                 if not isinstance(text, str):
                     raise TypeError(f"`{name}`, column {column!r}, row {row}: expected a string, got {text!r}")
                 self._text_of[index, row] = numbers.setdefault(prompt + text, len(numbers))
+                if self._ids is not None:
+                    self._ids[index, row] = text_id(text.encode("utf-8", "surrogatepass"))
 
         texts = list(numbers)
         parts = [tokenize(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
@@ -75,7 +82,12 @@ class TokenizedDataset:
 
     def batch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Return the packed features of some rows, one dict a column, on the CPU."""
-        return [self._pack(texts) for texts in self._text_of[:, np.asarray(rows, dtype=np.int64)]]
+        chosen = np.asarray(rows, dtype=np.int64)
+        columns = [self._pack(texts) for texts in self._text_of[:, chosen]]
+        if self._ids is not None:
+            for column, ids in zip(columns, self._ids[:, chosen], strict=True):
+                column[TEXT_IDS] = torch.from_numpy(ids)
+        return columns
 
     def labels(self, rows: Sequence[int]) -> Tensor | None:
         """Return the labels of some rows, or None where the data set has no label column."""

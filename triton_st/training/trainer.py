@@ -119,7 +119,8 @@ class SentenceTransformerTrainer:
         prompts = self.args.prompts
         if isinstance(prompts, dict) and name == "eval_dataset":  # which may have other columns
             prompts = {column: prompt for column, prompt in prompts.items() if column in dataset.column_names}
-        return TokenizedDataset(dataset, self.model.tokenize, prompts, name)
+        text_ids = getattr(self.loss, "wants_text_ids", False)
+        return TokenizedDataset(dataset, self.model.tokenize, prompts, name, text_ids=text_ids)
 
     def _on_device(self, data: TokenizedDataset, rows: list[int]) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Cut a batch: packed features by column, and labels if there are any."""
@@ -197,6 +198,7 @@ class SentenceTransformerTrainer:
         for rows in update.batches:
             features, labels = self._on_device(self._train_data, rows)
             self.state.num_input_tokens_seen += sum(column["input_ids"].numel() for column in features)
+        diagnostics: list[dict[str, Tensor]] = []
             with self.model.activations_in(self.args.activation_dtype):
                 loss = self.loss(features, labels)
             (loss / len(update.batches) * run.scaler.scale).backward()
@@ -204,8 +206,11 @@ class SentenceTransformerTrainer:
 
         gradients = [p.grad for p in run.parameters if p.grad is not None]
         run.scaler.unscale_(gradients)
+            diagnostics.append(getattr(self.loss, "last_diagnostics", {}))
         norm = torch.nn.utils.get_total_norm(gradients)
-        *loss_values, grad_norm = torch.stack([*values, norm]).tolist()  # the one synchronisation of a step
+        facts = [value for batch in diagnostics for value in batch.values()]
+        read = torch.stack([*values, norm, *facts]).tolist()  # the one synchronisation of a step
+        loss_values, grad_norm, read_facts = read[: len(values)], read[len(values)], read[len(values) + 1 :]
         for value, rows in zip(loss_values, update.batches, strict=True):
             if not math.isfinite(value):
                 raise self._diverged(f"the loss is {value}", rows)
@@ -229,6 +234,10 @@ class SentenceTransformerTrainer:
         return mean, grad_norm
 
     def _diverged(self, what: str, rows: list[int]) -> TrainingDiverged:
+        names = [name for batch in diagnostics for name in batch]
+        for name, value in zip(names, read_facts, strict=True):
+            sums = run.running.diagnostics
+            sums[name] = sums.get(name, 0.0) + value / len(update.batches)
         assert self._train_data is not None
         features, _ = self._on_device(self._train_data, rows)
         with self.model.activations_in(self.args.activation_dtype):
@@ -239,7 +248,9 @@ class SentenceTransformerTrainer:
         """Do what the callbacks asked for after a step; return whether a checkpoint was written."""
         state, run, running = self.state, self._run, self._run.running
         if self.control.should_log and state.global_step > running.logged_step:
-            entry = {"loss": running.since_log / (state.global_step - running.logged_step)}
+            steps = state.global_step - running.logged_step
+            entry = {"loss": running.since_log / steps}
+            entry |= {name: total / steps for name, total in running.diagnostics.items()}
             if math.isfinite(grad_norm):  # a skipped step has none
                 entry["grad_norm"] = grad_norm
             entry["learning_rate"] = learning_rate
@@ -277,7 +288,8 @@ class SentenceTransformerTrainer:
         """Compute the evaluation loss and call the evaluator, in float32 without dropout; log and return the metrics.
 
         Returns:
-            `eval_loss` (the mean over rows) if there is an `eval_dataset`; the evaluator's metrics as `eval_<name>`.
+            `eval_loss` and the loss' diagnostics (means over rows) if there is an `eval_dataset`; the evaluator's
+            metrics as `eval_<name>`.
         """
         started = time.perf_counter()
         metrics: dict[str, float] = {}
@@ -285,7 +297,7 @@ class SentenceTransformerTrainer:
         self.model.eval()
         try:
             if self._eval_data is not None:
-                metrics["eval_loss"] = self._evaluation_loss(self._eval_data)
+                metrics |= self._evaluation_loss(self._eval_data)
             if self.evaluator is not None:
                 folder = self.output_dir / "eval"
                 folder.mkdir(parents=True, exist_ok=True)
@@ -302,12 +314,17 @@ class SentenceTransformerTrainer:
         return metrics
 
     @torch.no_grad()
-    def _evaluation_loss(self, data: TokenizedDataset) -> float:
-        total, count = 0.0, 0
+    def _evaluation_loss(self, data: TokenizedDataset) -> dict[str, float]:
+        """Return the mean over rows of the loss, and of its diagnostics if it has any."""
+        totals: dict[str, float] = {"eval_loss": 0.0}
+        count = 0
         for rows in batch_sampler(self.eval_dataset, self.args, self.args.eval_batch_size):
-            total += self.loss(*self._on_device(data, rows)).item() * len(rows)
+            found = {"eval_loss": self.loss(*self._on_device(data, rows))}
+            found |= {f"eval_{name}": value for name, value in getattr(self.loss, "last_diagnostics", {}).items()}
+            for name, value in found.items():
+                totals[name] = totals.get(name, 0.0) + value.item() * len(rows)
             count += len(rows)
-        return total / max(count, 1)
+        return {name: total / max(count, 1) for name, total in totals.items()}
 
     def _best_model_metric(self, metrics: dict[str, float]) -> float | None:
         """The value of `metric_for_best_model`, None if there is no such argument."""
