@@ -1,4 +1,4 @@
-"""The model card: facts and sections of sentence-transformers' card, valid metadata, any text shown as itself."""
+"""The model card: facts and sections of sentence-transformers' card."""
 
 from __future__ import annotations
 
@@ -8,46 +8,29 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sentence_transformers
-import yaml
 from datasets import Dataset, load_dataset
-from huggingface_hub import ModelCard, ModelCardData
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from tests.card_runs import (
+    LOG,
+    TEXTS,
+    Mode,
+    OtherArguments,
+    evaluator,
+    metadata,
+    new_model,
+    section,
+    tables,
+    train,
+    triplets,
+)
 from triton_st import backend, recipes
-from triton_st.evaluation import EmbeddingSimilarityEvaluator
 from triton_st.losses import MultipleNegativesRankingLoss
 from triton_st.model_card import SentenceTransformerModelCardData
-from triton_st.model_card_text import clean, escape
 from triton_st.sentence_transformer import SentenceTransformer
-
-TEXTS = [f"A {colour} {animal} {verb}." for colour in ("red", "blue", "green") for animal in ("cat", "dog")
-         for verb in ("sleeps", "runs", "eats", "sings quietly in the old garden")]  # fmt: skip
-HOSTILE = [
-    "pipes | in | cells || and \\| escaped",
-    "`code` and ```\nfences\n``` and ``",
-    "\"quotes\" 'single' {{ jinja }} {% raw %} ${x}",
-    "key: value # comment\n- list\n---\nfront: matter\n...",
-    "<script>alert(1)</script> <b>bold</b> &amp; <!-- comment",
-    "**bold** _em_ __dunder__ ~~gone~~ [link](http://x) ![img](y) [^1]: note",
-    "emoji 👩‍👩‍👧 🇩🇪 日本語 עברית ‮rtl\u202c",
-    "| a | b |\n|---|---|\n| 1 | 2 |\n\n# heading",
-    "\x00null \x1b[31mred\x07 \ufeffbom \x85 \u2028 sep",
-    "lone \ud800 surrogate",
-    "  spaces around  \t tab\r\nwindows\rmac",
-    "yes",
-    "123",
-    "~",
-    "? !tag &anchor *alias @at %percent",
-    "x" * 50_000,
-]
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +41,7 @@ def plain_backend() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def encoder() -> SentenceTransformer:
-    with backend.use("reference"):
-        return recipes.new_model(TEXTS, vocab_size=200, max_seq_length=32, num_hidden_layers=1)
+    return new_model()
 
 
 @pytest.fixture
@@ -68,124 +50,7 @@ def model(encoder: SentenceTransformer) -> SentenceTransformer:
     return encoder
 
 
-def triplets(texts: list[str] = TEXTS) -> Dataset:
-    return Dataset.from_dict({"anchor": texts, "positive": texts[1:] + texts[:1], "negative": texts[::-1]})
-
-
-def evaluator(name: str, metrics: dict[str, float], **attributes: Any) -> tuple[Any, dict[str, float]]:
-    prefix = f"{name}_" if name else ""
-    prefixed = {prefix + key: value for key, value in metrics.items()}
-    made = EmbeddingSimilarityEvaluator(["a", "b"], ["c", "d"], [1, 2], name=name, **attributes)
-    made.primary_metric = list(prefixed)[-1]
-    return made, prefixed
-
-
-LOG = [
-    {"eval_sts-dev_spearman_max": 0.25, "eval_sts-dev_pearson_max": 0.2, "epoch": 0.0, "step": 0},
-    {"loss": 5.266599, "learning_rate": 1e-5, "grad_norm": 1.5, "epoch": 0.012658227848, "step": 1},
-    {"loss": 5.1, "learning_rate": 5e-5, "grad_norm": 1.5, "epoch": 0.5, "step": 40},
-    {"eval_loss": 4.98765, "eval_runtime": 2.5, "eval_sts-dev_spearman_max": 0.5, "epoch": 0.5, "step": 40},
-    {"train_runtime": 90.0, "train_loss": 5.0, "epoch": 1.0, "step": 79},
-]
-
-
-def train(model: SentenceTransformer, **changes: Any) -> SentenceTransformerModelCardData:
-    """Card data as the trainer leaves it after a run."""
-    data = model.model_card_data
-    for step, value in ((0, 0.25), (40, 0.5), (79, 0.612345)):
-        for name in ("sts-dev", "sts-test"):
-            if name == "sts-dev" or step == 79:
-                made, metrics = evaluator(name, {"pearson_cosine": value / 2, "spearman_max": value})
-                data.set_evaluation_metrics(made, metrics, step / 79, step)
-    arguments = {
-        "args": recipes.arguments("/secret/place", fp16=True, learning_rate=1e-3),
-        "train_dataset": triplets(),
-        "eval_dataset": triplets().select(range(5)),
-        "loss": MultipleNegativesRankingLoss(model, scale=30.0),
-        "log_history": LOG,
-    }
-    data.set_training_run(**arguments | changes)
-    return data
-
-
-def section(card: str, heading: str) -> str:
-    """What stands under a heading, up to the next one of its level or above. Code is no heading."""
-    level = len(heading) - len(heading.lstrip("#"))
-    kept: list[str] = []
-    fenced = inside = False
-    for line in card.splitlines():
-        fenced ^= line.strip().startswith("```")
-        depth = 0 if fenced else len(line) - len(line.lstrip("#"))
-        if depth and depth <= level:
-            inside = line == heading
-        elif inside:
-            kept.append(line)
-    assert kept, f"no {heading!r}"
-    return "\n".join(kept)
-
-
-def tables(text: str) -> list[list[list[str]]]:
-    """Tables as a Markdown reader sees them: rows of cells' HTML."""
-    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True}).enable("table")
-    html = markdown.render(text)
-    return [
-        [
-            re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
-            for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
-        ]
-        for table in re.findall(r"<table>(.*?)</table>", html, re.DOTALL)
-    ]
-
-
-def metadata(card: str) -> dict[str, Any]:
-    """The metadata block, read in the three ways that matter and found the same."""
-    data = ModelCard(card).data
-    block = card.split("---\n")[1]
-    loaded = yaml.safe_load(block)
-    assert ModelCardData(**dict(loaded)).to_dict() == data.to_dict()
-    return loaded
-
-
 # A trained model ----------------------------------------------------------------------------------------------------
-
-
-def test_metadata_of_a_trained_model(model: SentenceTransformer) -> None:
-    model.model_card_data = SentenceTransformerModelCardData(
-        language="en",
-        license="apache-2.0",
-        model_name="Small: an encoder",
-        train_datasets=[{"name": "AllNLI", "id": "sentence-transformers/all-nli"}],
-    )
-    model.model_card_data.set_base_model("org/base", revision="0123abc")
-    found = metadata(train(model).to_card(model))
-    assert found["language"] == ["en"]
-    assert found["license"] == "apache-2.0"
-    assert found["library_name"] == "sentence-transformers"
-    assert found["pipeline_tag"] == "sentence-similarity"
-    assert found["base_model"] == "org/base"
-    assert found["datasets"] == ["sentence-transformers/all-nli"]
-    assert found["metrics"] == ["pearson_cosine", "spearman_max"]
-    assert {"sentence-transformers", "sentence-similarity", "feature-extraction", "dense"} <= set(found["tags"])
-    assert {"generated_from_trainer", "dataset_size:24", "loss:MultipleNegativesRankingLoss"} <= set(found["tags"])
-    assert found["widget"]
-    for widget in found["widget"]:
-        assert widget["source_sentence"] in TEXTS
-        assert widget["source_sentence"] not in widget["sentences"]
-        assert set(widget["sentences"]) <= set(TEXTS)
-    (index,) = found["model-index"]
-    assert index["name"] == "Small: an encoder"
-    values = {
-        (result["dataset"]["type"], metric["type"]): (metric["name"], metric["value"])
-        for result in index["results"]
-        for metric in result["metrics"]
-    }
-    assert values == {
-        ("sts-dev", "pearson_cosine"): ("Pearson Cosine", 0.612345 / 2),
-        ("sts-dev", "spearman_max"): ("Spearman Max", 0.612345),
-        ("sts-test", "pearson_cosine"): ("Pearson Cosine", 0.612345 / 2),
-        ("sts-test", "spearman_max"): ("Spearman Max", 0.612345),
-    }
-    assert index["results"][0]["task"] == {"type": "semantic-similarity", "name": "Semantic Similarity"}
 
 
 def test_sections_are_those_of_sentence_transformers(model: SentenceTransformer) -> None:
@@ -356,23 +221,6 @@ def test_hyperparameters_that_differ_and_all(model: SentenceTransformer) -> None
     assert everything.strip().startswith("<details><summary>")
     assert everything.strip().endswith("</details>")
     assert "/secret/place" not in text
-
-
-class Mode(Enum):
-    FAST = "fast"
-    SLOW = "slow"
-
-
-@dataclass
-class OtherArguments:
-    output_dir: str
-    mode: Mode = Mode.FAST
-    rate: float = 0.5
-    names: list[str] = field(default_factory=lambda: ["x"])
-    limit: float = math.inf
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def test_any_dataclass_of_arguments_will_do(model: SentenceTransformer) -> None:
@@ -548,40 +396,6 @@ def test_making_a_card_leaves_mode_and_random_state_alone(model: SentenceTransfo
     assert model.model_card_data.to_card(model) == first  # no dropout in what it shows
 
 
-# Numbers that are none ----------------------------------------------------------------------------------------------
-
-
-def test_nan_is_told_in_tables_and_left_out_of_metadata(model: SentenceTransformer) -> None:
-    for name, value in (("sts-dev", math.nan), ("sts-test", math.inf)):
-        made, metrics = evaluator(
-            name, {"pearson_cosine": 0.5 if name == "sts-dev" else value, "spearman_cosine": value}
-        )
-        model.model_card_data.set_evaluation_metrics(made, metrics, 1.0, 79)
-    data = train(model, log_history=[{"loss": math.nan, "epoch": 0.5, "step": 3}])
-    for name, value in (("sts-dev", math.nan), ("sts-test", math.inf)):
-        made, metrics = evaluator(
-            name, {"pearson_cosine": 0.5 if name == "sts-dev" else value, "spearman_cosine": value}
-        )
-        data.set_evaluation_metrics(made, metrics, 1.0, 79)
-    card = data.to_card(model)
-    found = metadata(card)
-    assert found["metrics"] == ["pearson_cosine"]
-    (result,) = found["model-index"][0]["results"]
-    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [("pearson_cosine", 0.5)]
-    first, second = tables(section(card, "### Metrics"))
-    assert first[1:] == [["pearson_cosine", "0.5"], ["<strong>spearman_cosine</strong>", "<strong>nan</strong>"]]
-    assert second[1][1] == "inf"
-    assert ["0.5", "3", "nan"] in [row[:3] for row in tables(section(card, "### Training Logs"))[0]]
-
-
-def test_no_finite_metric_means_no_model_index(model: SentenceTransformer) -> None:
-    made, metrics = evaluator("sts", {"spearman_cosine": math.nan})
-    model.model_card_data.set_evaluation_metrics(made, metrics)
-    found = metadata(model.model_card_data.to_card(model))
-    assert "model-index" not in found
-    assert "metrics" not in found
-
-
 # A model that was never trained -------------------------------------------------------------------------------------
 
 
@@ -600,149 +414,3 @@ def test_card_of_an_untrained_model_is_short_and_valid(model: SentenceTransforme
 def test_a_model_id_without_owner_is_refused() -> None:
     with pytest.raises(ValueError, match="model_id must be a hub id 'owner/name', got 'mine'"):
         SentenceTransformerModelCardData(model_id="mine")
-
-
-# Hostile text -------------------------------------------------------------------------------------------------------
-
-
-def visible(html: str) -> str:
-    """The text that a browser shows for a table cell."""
-    import html as entities
-
-    assert not re.search(r"<(?!/?code>|br>)", html), html
-    return entities.unescape(re.sub(r"</?code>", "", html.replace("<br>", "\n")))
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_samples_show_as_themselves(text: str, model: SentenceTransformer) -> None:
-    texts = [text, "plain", "other"]
-    columns = {"anchor": texts, "positive": texts[::-1], "negative": ["n1", "n2", "n3"]}
-    # Arrow cannot hold a lone surrogate; a data set of another kind could.
-    data = InMemory(columns) if "\ud800" in text else Dataset.from_dict(columns)
-    card = train(model, train_dataset=data, eval_dataset=None).to_card(model)
-    card.encode("utf-8")
-    metadata(card)
-    block = section(card, "### Training Dataset")
-    _, samples = tables(block)
-    assert {len(row) for row in samples} == {3}
-    assert len(samples) == 4
-    shown = clean(text if len(text) <= 1000 else text[:1000] + "...").strip("\n")
-    assert visible(samples[1][0]).split() == shown.split()
-    assert visible(samples[3][1]).split() == shown.split()
-    # What follows is still a card: later sections are not swallowed.
-    assert section(card, "## Citation")
-    assert re.findall(r"^# .*$", card, re.MULTILINE)[0] == "# SentenceTransformer"
-
-
-class InMemory:
-    """A data set that holds what Arrow would refuse."""
-
-    info = None
-
-    def __init__(self, columns: dict[str, list[str]]) -> None:
-        self.columns, self.column_names = columns, list(columns)
-
-    def __len__(self) -> int:
-        return len(self.columns[self.column_names[0]])
-
-    def __getitem__(self, key: Any) -> dict[str, Any]:
-        return {name: values[key] for name, values in self.columns.items()}
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(max_size=60), min_size=3, max_size=6), st.text(min_size=1, max_size=20))
-def test_any_text_leaves_the_metadata_valid(texts: list[str], name: str) -> None:
-    model = StandIn()
-    data = SentenceTransformerModelCardData(model_name=name, license=None, language=[])
-    made, metrics = evaluator(name, {"spearman_cosine": 0.5})
-    data.set_evaluation_metrics(made, metrics)
-    rows = InMemory({"anchor": texts, "positive": texts[1:] + texts[:1]})
-    data.set_training_run(
-        args=OtherArguments(name, names=texts), train_dataset={name: rows}, loss=StandInLoss(), log_history=[]
-    )
-    card = data.to_card(model)
-    found = metadata(card)
-    one_line = {" ".join(clean(text).split()) for text in texts}
-    for widget in found.get("widget", []):
-        assert {widget["source_sentence"], *widget["sentences"]} <= one_line
-    assert found["model-index"][0]["results"][0]["dataset"]["type"] == (clean(name) or "unknown")
-    assert json.loads(json.dumps(data.to_state(), allow_nan=False))
-
-
-class StandInLoss:
-    def get_config_dict(self) -> dict[str, Any]:
-        return {"scale": 1.0, "function": math.sqrt, "other": object}
-
-
-class StandIn:
-    """The little of a model that a card needs."""
-
-    max_seq_length, similarity_fn_name, training = 16, "dot", False
-
-    def get_embedding_dimension(self) -> int:
-        return 4
-
-    def parameters(self) -> list[Any]:
-        return []
-
-    def tokenize(self, texts: list[str]) -> dict[str, Any]:
-        import torch
-
-        return {"cu_seqlens": torch.tensor([0, *(2 for _ in texts)]).cumsum(0)}
-
-    def encode(self, texts: list[str], **_: Any) -> Any:
-        import torch
-
-        return torch.zeros(len(texts), 4)
-
-    def similarity(self, a: Any, b: Any) -> Any:
-        return a @ b.T
-
-
-@given(st.text(max_size=80))
-def test_escaped_text_shows_as_itself(text: str) -> None:
-    markdown = (
-        pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-    )
-    html = markdown.renderInline(f"<code>{escape(text)}</code>")
-    assert visible(html).split() == clean(text).split()
-
-
-# State --------------------------------------------------------------------------------------------------------------
-
-
-def test_state_survives_json_and_gives_the_same_card(model: SentenceTransformer) -> None:
-    data = train(
-        model, log_history=[*LOG, {"loss": math.nan, "epoch": 1.0, "step": 79}], hardware="x", training_time=3.0
-    )
-    made, metrics = evaluator("broken", {"spearman_cosine": -math.inf})
-    data.set_evaluation_metrics(made, metrics, 1.0, 79)
-    data.set_best_model_step(40)
-    card = data.to_card(model)
-    text = json.dumps(data.to_state(), allow_nan=False)
-    restored = SentenceTransformerModelCardData.from_state(json.loads(text))
-    assert restored.to_card(model) == card
-    assert restored.to_state() == data.to_state()
-
-
-def test_a_resumed_run_goes_on_with_the_log_and_the_metrics(model: SentenceTransformer) -> None:
-    expected = train(model).to_card(model)
-    model.model_card_data = SentenceTransformerModelCardData()
-    for name, step in (("sts-dev", 0), ("sts-dev", 40)):
-        made, metrics = evaluator(name, {"pearson_cosine": 0.1, "spearman_max": {0: 0.25, 40: 0.5}[step]})
-        model.model_card_data.set_evaluation_metrics(made, metrics, step / 79, step)
-    state = json.loads(json.dumps(model.model_card_data.to_state()))
-    model.model_card_data = data = SentenceTransformerModelCardData.from_state(state)
-    for name in ("sts-dev", "sts-test"):
-        made, metrics = evaluator(name, {"pearson_cosine": 0.612345 / 2, "spearman_max": 0.612345})
-        data.set_evaluation_metrics(made, metrics, 1.0, 79)
-    data.set_training_run(
-        args=recipes.arguments("/secret/place", fp16=True, learning_rate=1e-3), train_dataset=triplets(),
-        eval_dataset=triplets().select(range(5)), loss=MultipleNegativesRankingLoss(model, scale=30.0), log_history=LOG,
-    )  # fmt: skip
-    assert data.to_card(model) == expected
-
-
-def test_a_state_of_something_else_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"state must hold the fields of .*\['nonsense'\]"):
-        SentenceTransformerModelCardData.from_state({"nonsense": 1})

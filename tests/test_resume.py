@@ -20,8 +20,10 @@ from serving import threads
 from training_runs import tiny_data, tiny_evaluator, tiny_model, trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from triton_st.models import files
+from triton_st.models.files import replacing_folder
 from triton_st.training import checkpointing
-from triton_st.training.checkpointing import CheckpointError, atomic_folder, list_checkpoints, rotate_checkpoints
+from triton_st.training.checkpointing import CheckpointError, list_checkpoints, rotate_checkpoints
 
 RUN: dict[str, Any] = {
     "num_train_epochs": 2.5,
@@ -56,12 +58,16 @@ def timeless(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in entry.items() if key not in WALL_CLOCK} for entry in entries]
 
 
-def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], list[dict[str, Any]], str]:
-    """Final weights, history and log without wall-clock times, and the card, of a run that `finish` ended."""
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """Final weights, history and log without wall-clock times, card and evaluators' files, of a run that ended."""
     lines = (folder / "training_log.jsonl").read_text().splitlines()
     history = json.loads((folder / "history.json").read_text())
     card = (folder / "final" / "card.json").read_text()
-    return load_file(folder / "final" / "model.safetensors"), timeless(history), timeless(map(json.loads, lines)), card
+    evaluations = [path.read_text() for path in sorted((folder / "eval").glob("*.csv"))]
+    evaluations = [text[text.rindex("\n0,0,") :] for text in evaluations]  # since the last start from nothing
+    assert evaluations
+    weights = load_file(folder / "final" / "model.safetensors")
+    return weights, timeless(history), timeless(map(json.loads, lines)), [card, *evaluations]
 
 
 def assert_same_outcome(folder: Path, expected: Path) -> None:
@@ -116,7 +122,9 @@ def train_and_die(folder: Path, resume: bool, how: tuple[str, Any]) -> None:
         die_at(Path, "rename", when)
     elif kind == "rmtree":
         die_at(shutil, "rmtree", when)
-    elif kind in ("_flush", "save_file"):
+    elif kind == "_flush":
+        die_at(files, kind, when)
+    elif kind == "save_file":
         die_at(checkpointing, kind, when)
     elif kind == "model":
         from triton_st import SentenceTransformer
@@ -334,7 +342,7 @@ def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_kill_are_ignored_and_removed(tmp_path: Path) -> None:
     stopped(tmp_path, 3)
-    for name in ("tmp-checkpoint-4", "tmp-old-checkpoint-2", ".tmp-checkpoint-4.77.tmp"):
+    for name in (".checkpoint-4.77.tmp", ".old-checkpoint-2.77.tmp", "..checkpoint-4.77.tmp.77.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     (tmp_path / "tmp-notes").mkdir()  # someone's own
@@ -345,11 +353,11 @@ def test_leftovers_of_a_kill_are_ignored_and_removed(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_earlier_folder(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-1"
-    with atomic_folder(folder) as temporary:
+    with replacing_folder(folder, whole=True) as temporary:
         (temporary / "a").write_text("old")
 
     def fail() -> None:
-        with atomic_folder(folder) as temporary:
+        with replacing_folder(folder, whole=True) as temporary:
             (temporary / "a").write_text("new")
             raise OSError("disk full")
 
@@ -357,9 +365,33 @@ def test_a_failed_write_leaves_the_earlier_folder(tmp_path: Path) -> None:
         fail()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert (folder / "a").read_text() == "old"
-    with atomic_folder(folder) as temporary:
+    with replacing_folder(folder, whole=True) as temporary:
         (temporary / "b").write_text("newer")
     assert [path.name for path in folder.iterdir()] == ["b"]
+
+
+def test_evaluations_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    header, rows = "epoch,steps,spearman\r\n", ["0.0,0,0.1\r\n", "0.5,4,0.2\r\n", "1.0,8,0.3\r\n"]
+    evaluations, notes = tmp_path / "sts.csv", tmp_path / "notes.csv"
+    notes.write_bytes(b"a,b\n1,99\n")
+    for step, kept in ((8, 3), (7, 2), (4, 2), (3, 1), (0, 1)):
+        earlier = header + "1.0,79,0.5\r\n"  # of an earlier run, further than this one
+        evaluations.write_bytes((earlier + "".join(rows)).encode() + b"1.5,1")
+        checkpointing.forget_evaluations(tmp_path, step)
+        assert evaluations.read_bytes().decode() == earlier + "".join(rows[:kept])
+    assert notes.read_bytes() == b"a,b\n1,99\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"sts.csv", "notes.csv"}
+
+
+def test_the_cards_times_are_those_of_all_processes(tmp_path: Path) -> None:
+    stopped(tmp_path, 5)
+    path = tmp_path / "checkpoint-4" / "resume.json"
+    state = json.loads(path.read_text())
+    assert 0 < state["clock"]["evaluation"] < state["clock"]["seconds"]
+    path.write_text(json.dumps({**state, "clock": {"seconds": 5000.0, "evaluation": 4000.0}}))
+    card = run(tmp_path, True).model.model_card_data
+    assert 5000 < card.training_time < 5100
+    assert 4000 < card.evaluation_time < 4100
 
 
 def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:

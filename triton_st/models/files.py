@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,18 +27,23 @@ def write_json(path: Path, fields: object) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
+"""Names of what a killed process leaves: folders half-written or half-deleted."""
+
+
 @contextlib.contextmanager
-def replacing_folder(folder: str | Path) -> Iterator[Path]:
+def replacing_folder(folder: str | Path, *, whole: bool = False) -> Iterator[Path]:
     """Give a temporary folder to write into; on success its files take their places in `folder`, on failure none does.
 
-    A new `folder` appears in one rename. In one that exists, files of the same name are replaced one by one, each in
-    one rename, once all have been written; its other files stay.
+    Everything is flushed to disk first. A new `folder` appears in one rename. In one that exists, files of the same
+    name are replaced one by one, each in one rename, once all have been written; its other files stay. With `whole` the
+    folder itself is exchanged for the new one instead: a process killed at any moment leaves no mixture of the two.
 
     Raises:
         OSError: `folder` cannot be written, naming it and why; nothing of it was touched.
     """
     target = Path(folder).resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"cannot write to {folder}: it is a file, not a folder")
@@ -53,12 +59,45 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         raise type(error)(f"cannot write to {folder}: {error.strerror or error}") from error
     try:
         yield temporary
-        if target.exists():  # the folder itself stays, even when empty: it may be somebody's working directory
+        for path in [*sorted(temporary.rglob("*")), temporary]:
+            _flush(path)
+        if whole:
+            delete_folder(target, then=temporary)
+        elif target.exists():  # the folder itself stays, even when empty: it may be somebody's working directory
             _move_files(temporary, target)
         else:
             temporary.rename(target)
+        _flush(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def delete_folder(folder: Path, then: Path | None = None) -> None:
+    """Delete a folder so that a process killed meanwhile leaves no half of it under its name.
+
+    `then` is renamed to it once the old one is out of the way, before its files are deleted.
+    """
+    doomed = _temporary(folder.with_name(f"old-{folder.name}"))
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(doomed)
+    if then is not None:
+        then.rename(folder)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -7,14 +7,13 @@ generators) and `resume.json` (schedule, loss scale, what the data and arguments
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-TEMPORARY = "tmp-"
+from triton_st.models.files import LEFTOVER, delete_folder
+
 TENSORS = "optimizer.safetensors"
 RESUME = "resume.json"
 TRAINER_STATE = "trainer_state.json"
@@ -61,7 +61,6 @@ OTHER_ARGUMENTS = (
     "save_strategy",
     "save_steps",
 )
-_LEFTOVER = re.compile(rf"{TEMPORARY}(old-)?checkpoint-\d+|\..+\.\d+\.tmp")  # the latter: save_pretrained's
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -69,56 +68,35 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be resumed from; the message names the folder and says why."""
 
 
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder` to write into; on success, flush it to disk and rename it to `folder`.
-
-    A process killed at any moment leaves either no `folder` or a whole one; an earlier `folder` is replaced.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in [*sorted(temporary.rglob("*")), temporary]:
-            _flush(path)
-        replaced = folder.with_name(f"{TEMPORARY}old-{folder.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
-        _flush(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt":  # where a folder cannot be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def delete_folder(folder: Path) -> None:
-    """Delete a folder so that a process killed meanwhile leaves no half of it under its name."""
-    if folder.exists():
-        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
 def remove_leftovers(output_dir: Path) -> None:
     """Delete what a killed process left half-written or half-deleted."""
     for path in output_dir.glob("*"):
-        if _LEFTOVER.fullmatch(path.name):
+        if LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def forget_evaluations(folder: Path, step: int) -> None:
+    """Cut off what evaluators wrote into the CSV files in `folder` after `step`, so that a resumed run writes it once.
+
+    Rows are those of the last run in a file: from its end back to the first that is no later than `step`.
+    """
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+        headers = [i for i, row in enumerate(rows) if row[:2] == ["epoch", "steps"]]
+        kept = len(rows)
+        while headers and kept - 1 > headers[-1] and _is_later(rows[kept - 1], len(rows[headers[-1]]), step):
+            kept -= 1
+        if kept < len(rows):
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows(rows[:kept])
+            temporary.replace(path)
+
+
+def _is_later(row: list[str], columns: int, step: int) -> bool:
+    torn = len(row) != columns or not row[1].removeprefix("-").isdigit()  # cut off while it was written
+    return torn or int(row[1]) > step
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

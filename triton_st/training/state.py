@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
 
+from triton_st.models.files import replacing_folder
 from triton_st.sentence_transformer import SentenceTransformer
 from triton_st.training import checkpointing
 from triton_st.training.checkpointing import CheckpointError
@@ -25,10 +27,23 @@ class RunningLoss:
     since_log: float = 0.0
     total: float = 0.0
     logged_step: int = 0
-
-
     diagnostics: dict[str, float] = field(default_factory=dict)
     """Sums of the loss' diagnostics since the last log entry."""
+
+
+class Clock:
+    """Seconds of a run, of which `evaluation` were spent evaluating; goes on from where a checkpoint left it."""
+
+    def __init__(self, seconds: float = 0.0, evaluation: float = 0.0) -> None:
+        self.evaluation = evaluation
+        self._started = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far, evaluation included."""
+        return time.perf_counter() - self._started
+
+
 class RunState:
     """Optimizer, schedule, loss scale, counters and history of one run.
 
@@ -43,6 +58,7 @@ class RunState:
     Attributes:
         trainer: transformers' `TrainerState`.
         stopped_early: a callback had ended the run when the checkpoint was written.
+        clock: seconds that the run has taken, in all its processes.
     """
 
     def __init__(
@@ -62,6 +78,7 @@ class RunState:
         self.running = RunningLoss()
         self.trainer = TrainerState()
         self.stopped_early = False
+        self.clock = Clock()
         self._num_updates = num_updates
         self._callbacks = {type(c).__name__: c for c in callbacks if isinstance(c, ExportableState)}
         self._description = checkpointing.describe_run(data, args.to_dict())
@@ -88,7 +105,7 @@ class RunState:
                 trainer.best_model_checkpoint = str(best)
         exported: Any = {name: callback.state() for name, callback in self._callbacks.items()}
         trainer.stateful_callbacks = exported
-        with checkpointing.atomic_folder(folder) as temporary:
+        with replacing_folder(folder, whole=True) as temporary:
             self.model.save_pretrained(str(temporary), create_model_card=False)
             trainer.save_to_json(str(temporary / checkpointing.TRAINER_STATE))
             if not self.args.save_only_model:
@@ -100,6 +117,7 @@ class RunState:
                     "schedule_step": self.scheduler.last_epoch,
                     "scaler": self.scaler.state_dict(),
                     "running_loss": asdict(self.running),
+                    "clock": {"seconds": self.clock.seconds, "evaluation": self.clock.evaluation},
                     "stopped_early": stopping and trainer.global_step < trainer.max_steps,
                     "card": self.model.model_card_data.to_state(),
                 }
@@ -122,6 +140,7 @@ class RunState:
             resume_schedule(self.scheduler, saved["schedule_step"])
             self.scaler.load_state_dict(saved["scaler"])
             self.running = RunningLoss(**saved["running_loss"])
+            self.clock = Clock(**saved["clock"])
             self.stopped_early = saved["stopped_early"]
             self.trainer = TrainerState.load_from_json(str(folder / checkpointing.TRAINER_STATE))
             exported: Any = self.trainer.stateful_callbacks

@@ -35,11 +35,14 @@ from triton_st.training import checkpointing
 from triton_st.training.batching import BatchSchedule, Update, batch_sampler
 from triton_st.training.divergence import TrainingDiverged, check_parameters, diverged
 from triton_st.training.log import LOG_NAME, Interrupt, Progress, TrainingLog, deferred_interrupt, history_table
-from triton_st.training.state import RunningLoss, RunState
+from triton_st.training.state import Clock, RunningLoss, RunState
 from triton_st.training.tokenized import TokenizedDataset
 from triton_st.training_args import SentenceTransformerTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+EVALUATIONS = "eval"
+"""Folder in `output_dir` that evaluators write into."""
 
 
 class SentenceTransformerTrainer:
@@ -98,7 +101,7 @@ class SentenceTransformerTrainer:
         self.state, self.control = TrainerState(), TrainerControl()
         self._training_log: TrainingLog | None = None
         self._progress: Progress | None = None
-        self._evaluation_seconds = 0.0
+        self._clock = Clock()
         self.callbacks = CallbackHandler([DefaultFlowCallback, *callbacks], self.model, None, None, None)
         self.control = self.callbacks.on_init_end(args, self.state, self.control)
 
@@ -195,18 +198,18 @@ class SentenceTransformerTrainer:
         run = self._run
         self.model.train()
         values: list[Tensor] = []
+        diagnostics: list[dict[str, Tensor]] = []
         for rows in update.batches:
             features, labels = self._on_device(self._train_data, rows)
             self.state.num_input_tokens_seen += sum(column["input_ids"].numel() for column in features)
-        diagnostics: list[dict[str, Tensor]] = []
             with self.model.activations_in(self.args.activation_dtype):
                 loss = self.loss(features, labels)
             (loss / len(update.batches) * run.scaler.scale).backward()
             values.append(loss.detach().float())
+            diagnostics.append(getattr(self.loss, "last_diagnostics", {}))
 
         gradients = [p.grad for p in run.parameters if p.grad is not None]
         run.scaler.unscale_(gradients)
-            diagnostics.append(getattr(self.loss, "last_diagnostics", {}))
         norm = torch.nn.utils.get_total_norm(gradients)
         facts = [value for batch in diagnostics for value in batch.values()]
         read = torch.stack([*values, norm, *facts]).tolist()  # the one synchronisation of a step
@@ -231,13 +234,13 @@ class SentenceTransformerTrainer:
         run.optimizer.zero_grad()
         mean = sum(loss_values) / len(loss_values)
         run.running.since_log += mean
-        return mean, grad_norm
-
-    def _diverged(self, what: str, rows: list[int]) -> TrainingDiverged:
         names = [name for batch in diagnostics for name in batch]
         for name, value in zip(names, read_facts, strict=True):
             sums = run.running.diagnostics
             sums[name] = sums.get(name, 0.0) + value / len(update.batches)
+        return mean, grad_norm
+
+    def _diverged(self, what: str, rows: list[int]) -> TrainingDiverged:
         assert self._train_data is not None
         features, _ = self._on_device(self._train_data, rows)
         with self.model.activations_in(self.args.activation_dtype):
@@ -299,7 +302,7 @@ class SentenceTransformerTrainer:
             if self._eval_data is not None:
                 metrics |= self._evaluation_loss(self._eval_data)
             if self.evaluator is not None:
-                folder = self.output_dir / "eval"
+                folder = self.output_dir / EVALUATIONS
                 folder.mkdir(parents=True, exist_ok=True)
                 found = self.evaluator(
                     self.model, output_path=str(folder), epoch=self.state.epoch, steps=self.state.global_step
@@ -308,7 +311,7 @@ class SentenceTransformerTrainer:
                 metrics |= {f"eval_{name.removeprefix('eval_')}": float(value) for name, value in found.items()}
         finally:
             self.model.train(training)
-        self._evaluation_seconds += time.perf_counter() - started
+        self._clock.evaluation += time.perf_counter() - started
         self._log(metrics)
         self.control = self.callbacks.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -369,11 +372,11 @@ class SentenceTransformerTrainer:
         )
         if checkpoint is not None:
             self._run.restore(checkpoint)
+            checkpointing.forget_evaluations(self.output_dir / EVALUATIONS, self._run.trainer.global_step)
         elif earlier := checkpointing.list_checkpoints(self.output_dir):
             logger.warning("%s already holds %s of an earlier run", self.output_dir, earlier[-1].name)
-        self.state, self.control = self._run.trainer, TrainerControl()
+        self.state, self.control, self._clock = self._run.trainer, TrainerControl(), self._run.clock
         self.callbacks.optimizer, self.callbacks.lr_scheduler = self._run.optimizer, self._run.scheduler
-        self._evaluation_seconds = 0.0
         self._training_log = TrainingLog(self.output_dir / LOG_NAME)
         self._training_log.restart(self.state.log_history)
         for update in itertools.islice(self._schedule.updates(self.state.global_step), 1):
@@ -394,7 +397,7 @@ class SentenceTransformerTrainer:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             checkpointing.load_model(self.model, self.output_dir / Path(state.best_model_checkpoint).name)
             self.model.model_card_data.set_best_model_step(state.best_global_step or 0)
-        self._fill_card(seconds)
+        self._fill_card()
         plots.plot_training(state.log_history, self.output_dir / "training.png")
         if not args.disable_tqdm:
             print(history_table(state.log_history, self._headline_metrics()))
@@ -410,15 +413,15 @@ class SentenceTransformerTrainer:
         primary = f"eval_{getattr(self.evaluator, 'primary_metric', None)}"
         return [name for name in names if name == primary or name.endswith("spearman_cosine")]
 
-    def _fill_card(self, seconds: float | None = None) -> None:
+    def _fill_card(self) -> None:
         self.model.model_card_data.set_training_run(
             args=self.args,
             train_dataset=self.train_dataset,
             eval_dataset=self.eval_dataset,
             loss=self.loss,
             log_history=self.state.log_history,
-            training_time=seconds,
-            evaluation_time=self._evaluation_seconds if seconds else None,
+            training_time=self._clock.seconds,
+            evaluation_time=self._clock.evaluation,
         )
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
