@@ -1,0 +1,236 @@
+"""Packed attention on every backend: the tolerance rule, ragged shapes, dropout, repeatability, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operator_checks import assert_compiles, assert_repeatable, assert_strides_do_not_matter, cu_seqlens, randn, seed
+from serving import every_backend, every_dtype, interpreted, serving
+from tolerance import assert_matches_reference
+from torch import Tensor
+
+from triton_st import ops, reference
+from triton_st.reference.philox import keep_mask
+
+LENGTHS = [[1], [5, 0, 1, 25, 33, 64], [65, 3, 130], [16] * 20, [512]]
+SIZES = [10, 32, 64, 1, 7, 33, 128]
+SMALL_LENGTHS = [[1], [5, 0, 17, 3], [70]]
+SMALL_SIZES = [10, 32, 5]
+OPERATOR = "packed_attention_forward"
+
+
+def shapes(name: str, device: torch.device) -> list[tuple[list[int], int]]:
+    """Every list of lengths with one head size each, and every head size."""
+    lengths, sizes = (SMALL_LENGTHS, SMALL_SIZES) if interpreted(name, device) else (LENGTHS, SIZES)
+    size = itertools.cycle(sizes)
+    return [(each, next(size)) for each in lengths] + [(lengths[1], d) for d in sizes]
+
+
+def inputs(
+    lengths: list[int], size: int, dtype: torch.dtype, device: torch.device, dropout_p: float, heads: int = 2
+) -> tuple[Tensor, Tensor, int, float, Tensor, int]:
+    qkv = randn(sum(lengths), 3, heads, size, dtype=dtype, device=device)
+    return qkv, cu_seqlens(lengths, device), max(lengths) + 3, dropout_p, seed(device), 5
+
+
+@every_dtype
+@every_backend
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_obeys_the_tolerance_rule(name: str, dtype: torch.dtype, dropout_p: float, device: torch.device) -> None:
+    with serving(name, OPERATOR, dtype, device):
+        for lengths, size in shapes(name, device):
+            arguments = inputs(lengths, size, dtype, device, dropout_p)
+            assert_matches_reference(ops.packed_attention, reference.packed_attention, arguments)
+
+
+@every_backend
+def test_agrees_with_pytorch(name: str, device: torch.device) -> None:
+    lengths = [4, 1, 19]
+    qkv = randn(24, 3, 2, 10, device=device)
+    with serving(name, OPERATOR, device=device):
+        out = ops.packed_attention(qkv, cu_seqlens(lengths, device), 19)
+    for start, end in itertools.pairwise(cu_seqlens(lengths).tolist()):
+        q, k, v = qkv[start:end].permute(1, 2, 0, 3)
+        expected = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(out[start:end], expected)
+
+
+@every_backend
+@pytest.mark.parametrize("lengths", [[9, 30, 1], [70]])
+def test_dropout_drops_what_the_specification_names(name: str, lengths: list[int], device: torch.device) -> None:
+    """Values are the unit vectors, so that the result shows every weight."""
+    tokens, heads, size, longest = sum(lengths), 2, max(lengths), max(lengths) + 2
+    qkv = torch.zeros(tokens, 3, heads, size)
+    for start, end in itertools.pairwise(cu_seqlens(lengths).tolist()):
+        qkv[start:end, 2] = torch.eye(size)[: end - start].unsqueeze(1)
+    with serving(name, OPERATOR, device=device):
+        out = ops.packed_attention(qkv.to(device), cu_seqlens(lengths, device), longest, 0.3, seed(device), 11)
+    weights = out.cpu().view(tokens, heads, size)
+    rows = torch.arange(heads).unsqueeze(1) * tokens + torch.arange(tokens)
+    expected = keep_mask(seed(), 11, rows, size, longest, 0.3).transpose(0, 1)
+    for start, end in itertools.pairwise(cu_seqlens(lengths).tolist()):
+        length = end - start
+        assert torch.equal(weights[start:end, :, :length] != 0, expected[start:end, :, :length])
+        some = weights[start:end, :, :length]
+        torch.testing.assert_close(some[some != 0], torch.full_like(some[some != 0], 1 / (0.7 * length)))
+
+
+@every_backend
+def test_scores_that_overflow_an_exponential(name: str, device: torch.device) -> None:
+    """Scores up to ±3e4: only an exact maximum gives finite weights; lse is the row's own."""
+    qkv = randn(80, 3, 1, 8, device=device) * 100
+    with serving(name, OPERATOR, device=device):
+        out, logsumexp = torch.ops.triton_st.packed_attention_forward(qkv, cu_seqlens([80], device), None, 80, 0.0, 0)
+    q, k, v = qkv.double().permute(1, 2, 0, 3)
+    scores = q @ k.mT / math.sqrt(8)
+    torch.testing.assert_close(logsumexp.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-3)
+    expected = (scores.softmax(-1) @ v).squeeze(0)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1.0)
+
+
+@every_backend
+def test_nothing_passes_from_one_sequence_to_another(name: str, device: torch.device) -> None:
+    qkv = randn(40, 3, 2, 10, device=device).requires_grad_()
+    with serving(name, OPERATOR, device=device):
+        spoiled = qkv.detach().clone()
+        spoiled[10:20] = float("nan")
+        out = ops.packed_attention(spoiled, cu_seqlens([10, 10, 20], device), 20)
+        assert out[10:20].isnan().all()
+        clean = ops.packed_attention(qkv, cu_seqlens([10, 10, 20], device), 20)
+        assert torch.equal(out[:10], clean[:10])
+        assert torch.equal(out[20:], clean[20:])
+        (grad,) = torch.autograd.grad(clean[:10].sum(), qkv)
+    assert not grad[10:].any()
+    assert grad[:10, 2].any()
+
+
+@pytest.mark.parametrize("name", ["cpp", "reference"])
+def test_finite_results_past_half_s_range_are_its_largest(name: str) -> None:
+    qkv = torch.full((24, 3, 1, 8), 6e4, dtype=torch.float16)
+    qkv[:, :2] = 0
+    with serving(name, OPERATOR):
+        out = ops.packed_attention(qkv, cu_seqlens([24]), 24, 0.5, seed())
+    assert out.isfinite().all()
+    assert out.max() == torch.finfo(torch.float16).max
+
+
+@every_dtype
+@pytest.mark.parametrize("lengths", [[25, 0, 1, 33, 64, 5] * 4, [150, 20]])
+def test_same_bits_on_every_run_and_any_number_of_threads(dtype: torch.dtype, lengths: list[int]) -> None:
+    with serving("cpp", OPERATOR):
+        assert_repeatable(ops.packed_attention, inputs(lengths, 10, dtype, torch.device("cpu"), 0.1))
+
+
+def test_strided_inputs() -> None:
+    with serving("cpp", OPERATOR):
+        assert_strides_do_not_matter(ops.packed_attention, inputs([5, 20], 10, torch.float32, torch.device("cpu"), 0.1))
+        wide = randn(25, 3, 2, 30)
+        views = (wide[..., 10:20], wide.transpose(1, 2).contiguous().transpose(1, 2)[..., :10])
+        for view in views:
+            arguments = (view, cu_seqlens([5, 20]), 20)
+            assert_matches_reference(ops.packed_attention, reference.packed_attention, arguments)
+
+
+@every_backend
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_no_tokens(name: str, lengths: list[int], device: torch.device) -> None:
+    qkv = torch.randn(0, 3, 2, 10, device=device, requires_grad=True)
+    with serving(name, OPERATOR, device=device):
+        out = ops.packed_attention(qkv, cu_seqlens(lengths, device), 0)
+        assert out.shape == (0, 20)
+        out.sum().backward()
+    assert qkv.grad is not None
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(0, 140), min_size=1, max_size=5).filter(any),
+    size=st.integers(1, 128),
+    dropout_p=st.sampled_from([0.0, 0.1, 0.7]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_any_shape(lengths: list[int], size: int, dropout_p: float, dtype: torch.dtype) -> None:
+    with serving("cpp", OPERATOR):
+        arguments = inputs(lengths, size, dtype, torch.device("cpu"), dropout_p, heads=1)
+        assert_matches_reference(ops.packed_attention, reference.packed_attention, arguments)
+
+
+def test_gradients_of_the_reference() -> None:
+    qkv = torch.randn(9, 3, 2, 5, dtype=torch.float64, requires_grad=True)
+    with serving("reference", OPERATOR):
+        for function in (ops.packed_attention, reference.packed_attention):
+            for dropout_p in (0.0, 0.4):
+                assert torch.autograd.gradcheck(
+                    lambda x, f=function, p=dropout_p: f(x, cu_seqlens([4, 0, 5]), 5, p, seed(), 2), qkv
+                )
+
+
+@every_backend
+def test_opcheck(name: str, device: torch.device) -> None:
+    qkv, offsets = randn(8, 3, 2, 6, device=device), cu_seqlens([3, 0, 5], device)
+    with serving(name, OPERATOR, device=device):
+        for dropout_p, key in ((0.0, None), (0.2, seed(device))):
+            settings = (offsets, key, 5, dropout_p, 1)
+            out, logsumexp = torch.ops.triton_st.packed_attention_forward(qkv, *settings)
+            torch.library.opcheck(
+                torch.ops.triton_st.packed_attention_forward.default, (qkv.clone().requires_grad_(), *settings)
+            )
+            torch.library.opcheck(
+                torch.ops.triton_st.packed_attention_backward.default,
+                (torch.randn_like(out), qkv, out, logsumexp, *settings),
+            )
+
+
+@every_backend
+def test_compiled_whole(name: str, device: torch.device) -> None:
+    offsets, key = cu_seqlens([3, 0, 5], device), seed(device)
+
+    def attend(qkv: Tensor) -> Tensor:
+        return ops.packed_attention(qkv * 2, offsets, 5, 0.2, key, 1).square()
+
+    with serving(name, OPERATOR, device=device):
+        assert_compiles(attend, [randn(8, 3, 2, 6, device=device)])
+
+
+QKV = torch.zeros(4, 3, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((QKV[0], cu_seqlens([4]), 4), ValueError, r"qkv must be \[T, 3, H, d\], got shape \[3, 2, 5\]"),
+        ((QKV[:, :2], cu_seqlens([4]), 4), ValueError, r"qkv must be \[T, 3, H, d\], got shape \[4, 2, 2, 5\]"),
+        ((QKV.long(), cu_seqlens([4]), 4), TypeError, "qkv must be a floating-point tensor"),
+        ((torch.zeros(4, 3, 2, 129), cu_seqlens([4]), 4), ValueError, "heads of 1 to 128 elements, got 129"),
+        ((torch.zeros(4, 3, 2, 0), cu_seqlens([4]), 4), ValueError, "heads of 1 to 128 elements, got 0"),
+        ((QKV, cu_seqlens([4]).float(), 4), TypeError, "cu_seqlens must be int32 or int64, got torch.float32"),
+        ((QKV, torch.tensor([1, 4]), 4), ValueError, "cu_seqlens must start at 0, got 1"),
+        ((QKV, torch.tensor([0, 3, 2, 4]), 4), ValueError, "cu_seqlens must not descend"),
+        ((QKV, cu_seqlens([5]), 5), ValueError, "cu_seqlens must end at 4, the number of tokens, got 5"),
+        ((QKV, cu_seqlens([1, 3]), 2), ValueError, "max_seqlen must be at least 3, the longest sequence.*got 2"),
+        ((QKV, cu_seqlens([4]), 4, 1.5), ValueError, "dropout_p must be a probability, 0 to 1, got 1.5"),
+        ((QKV, cu_seqlens([4]), 4, float("nan")), ValueError, "dropout_p must be a probability"),
+        ((QKV, cu_seqlens([4]), 4, 0.1), ValueError, "seed must be given where dropout_p is not 0"),
+        ((QKV, cu_seqlens([4]), 4, 0.1, torch.tensor(1.0)), TypeError, "seed must be int64, got torch.float32"),
+        ((QKV, cu_seqlens([4]), 4, 0.1, torch.tensor([1, 2])), ValueError, r"seed must have one element, got.*\[2\]"),
+    ],
+)
+def test_bad_input(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.packed_attention(*arguments)  # type: ignore[arg-type]
+
+
+def test_compiled_kernels_check_what_they_are_called_with() -> None:
+    """A direct call passes by the checks in Python: it must not read out of bounds."""
+    with serving("cpp", OPERATOR):
+        ops.packed_attention(QKV, cu_seqlens([4]), 4)  # loads the library
+    for offsets, longest in ((torch.tensor([0, 9, 4]), 9), (torch.tensor([0, 4]), 3)):
+        with pytest.raises(RuntimeError, match=r"cu_seqlens must ascend|max_seqlen is smaller"):
+            torch.ops.triton_st_cpp.packed_attention_forward(QKV, offsets, None, longest, 0.0, 0)
