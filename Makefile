@@ -7,10 +7,11 @@ PY := $(VENV)/bin/python
 PIP := env -u PIP_TARGET -u PIP_PREFIX -u PIP_USER $(PY) -m pip install --quiet --disable-pip-version-check
 DEMO_DIR ?= out/demo
 
-.PHONY: help demo test check bench kernels gpu clean
+.PHONY: help demo test clients check bench kernels gpu clean
 help:
 	@echo 'make demo     train, evaluate, save and use the reference encoder on the built-in data'
 	@echo 'make test     all tests'
+	@echo 'make clients  tests with KeyBERT, BERTopic, mteb and LangChain, which it installs'
 	@echo 'make check    lint, formatting and types'
 	@echo 'make bench    benchmarks against sentence-transformers and PyTorch; writes bench/results/'
 	@echo 'make kernels  compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942 and check the machine code'
@@ -37,6 +38,10 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.tools
 	$(PY) -m pytest
+
+clients: $(VENV)/.tools
+	$(PIP) --editable '.[plots,test,check,clients]'
+	$(PY) -m pytest tests/test_clients.py
 
 check: $(VENV)/.tools
 	$(PY) -m ruff check .

@@ -78,7 +78,7 @@ class Encoding(nn.Module):
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         output_value: str | None = "sentence_embedding",
-        precision: str = "float32",
+        precision: str | None = "float32",
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         device: str | torch.device | list[str | torch.device] | None = None,
@@ -105,7 +105,7 @@ class Encoding(nn.Module):
             show_progress_bar: None shows one if this package's logger is at INFO or DEBUG.
             output_value: "sentence_embedding"; "token_embeddings": a list of [L, D] tensors; None: for each text a
                 dict of both, and of its `input_ids`.
-            precision: "float32", or a smaller type of the embeddings: "int8", "uint8", "binary", "ubinary".
+            precision: "float32" (as None is), or a smaller type: "int8", "uint8", "binary", "ubinary".
             convert_to_numpy: return a numpy array; else a list of tensors. convert_to_tensor: return one tensor.
             device: move the model there first; a list: encode in one process for each of these devices.
             normalize_embeddings: scale every embedding to length 1.
@@ -132,6 +132,7 @@ class Encoding(nn.Module):
             raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
         if output_value not in _OUTPUTS:
             raise ValueError(f"output_value: expected one of {', '.join(map(str, _OUTPUTS))}, got {output_value!r}")
+        precision = precision or "float32"
         check_precision(precision)
         truncate_dim = self.truncate_dim if truncate_dim is None else checked_truncate_dim(truncate_dim)
         if show_progress_bar is None:
