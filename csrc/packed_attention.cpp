@@ -1,5 +1,6 @@
-// Self-attention within each sequence of a packed batch: see attention.h for the arithmetic. A thread takes a sequence
-// with all its heads, which share cache lines, or one head at a time where there are few sequences.
+// Self-attention within each sequence of a packed batch: see attention.h for the arithmetic. A thread takes runs
+// of sequences with all their heads, which share cache lines, or one head at a time where there are few sequences.
+#include <initializer_list>
 #include <optional>
 
 #include "attention.h"
@@ -8,8 +9,22 @@
 namespace triton_st {
 namespace {
 
-constexpr int64_t kManySequences = 16;
+constexpr int64_t kUnitsPerThread = 16;
 constexpr double kNanosecondsPerProduct = 0.02;
+
+// Rows of memory, one for each token.
+struct TokenRows {
+  explicit TokenRows(const Tensor& x)
+      : data(static_cast<const char*>(x.const_data_ptr())),
+        bytes(x.stride(0) * static_cast<int64_t>(x.element_size())) {}
+
+  void prefetch(int64_t begin, int64_t end) const {
+    for (int64_t at = begin * bytes; at < end * bytes; at += 64) __builtin_prefetch(data + at);
+  }
+
+  const char* data;
+  int64_t bytes;
+};
 
 struct Layout {
   Layout(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen)
@@ -18,20 +33,35 @@ struct Layout {
     STD_TORCH_CHECK(sequences.longest() <= max_seqlen, "max_seqlen is smaller than a sequence");
   }
 
-  // Calls f(sequence, head) for all pairs, on all threads; `products` is how many of [length, length, d] f takes.
+  // Calls f(sequence, head) for all pairs, on all threads; `products` is how many of [length, length, d] f takes, and
+  // `read` what it reads of each token.
   template <class F>
-  void for_each(int products, F&& f) const {
+  void for_each(int products, std::initializer_list<TokenRows> read, F&& f) const {
     double pairs = 0;
     for (int64_t s = 0; s < sequences.count(); ++s) {
       pairs += static_cast<double>(sequences.length(s)) * static_cast<double>(sequences.length(s));
     }
-    const double cost = pairs * static_cast<double>(heads * d * products) * kNanosecondsPerProduct;
-    const int64_t together = sequences.count() >= kManySequences ? heads : 1;
-    const int64_t units = together > 0 ? sequences.count() * heads / together : 0;
-    parallel(units, static_cast<int64_t>(std::min(cost, 1e15)), [&](int64_t unit) {
-      const int64_t first = unit * together;
-      for (int64_t pair = first; pair < first + together; ++pair) {
+    const int64_t cost = static_cast<int64_t>(
+        std::min(pairs * static_cast<double>(heads * d * products) * kNanosecondsPerProduct, 1e15));
+    const int64_t units = kUnitsPerThread * static_cast<int64_t>(torch::stable::get_num_threads());
+    if (sequences.count() < units) {
+      parallel(sequences.count() * heads, cost, [&](int64_t pair) {
         if (sequences.length(pair / heads) > 0) f(pair / heads, pair % heads);
+      });
+      return;
+    }
+    parallel(units, cost, [&](int64_t unit) {
+      const int64_t last = sequences.first_from(ceil_div(tokens * (unit + 1), units));
+      for (int64_t s = sequences.first_from(ceil_div(tokens * unit, units)); s < last; ++s) {
+        for (int64_t head = 0; head < heads && sequences.length(s) > 0; ++head) {
+          // A part of the next sequence is asked for with each head of this one.
+          const int64_t next = std::min(s + 1, sequences.count() - 1), begin = sequences.start(next);
+          for (const TokenRows& rows : read) {
+            rows.prefetch(begin + sequences.length(next) * head / heads,
+                          begin + sequences.length(next) * (head + 1) / heads);
+          }
+          f(s, head);
+        }
       }
     });
   }
@@ -61,7 +91,7 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& qkv_in, const 
     using T = decltype(zero);
     T* results = data<T>(out);
     float* sums = data<float>(logsumexp);
-    layout.for_each(2, [&](int64_t sequence, int64_t head) {
+    layout.for_each(2, {TokenRows(qkv)}, [&](int64_t sequence, int64_t head) {
       const int64_t start = layout.sequences.start(sequence), row = head * layout.tokens + start;
       attend(layout.head<T>(qkv, sequence, head), weight_dropout.from_row(row),
              results + start * columns + head * layout.d, columns, sums + row);
@@ -93,7 +123,7 @@ Tensor packed_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, co
     const T* results = static_cast<const T*>(out.const_data_ptr());
     const float* sums = static_cast<const float*>(logsumexp.const_data_ptr());
     T* written = data<T>(grad_qkv);
-    layout.for_each(5, [&](int64_t sequence, int64_t head) {
+    layout.for_each(5, {TokenRows(qkv), TokenRows(grad)}, [&](int64_t sequence, int64_t head) {
       const int64_t start = layout.sequences.start(sequence), row = head * layout.tokens + start;
       const int64_t at = start * columns + head * layout.d;
       T* grad_q = written + start * 3 * columns + head * layout.d;
