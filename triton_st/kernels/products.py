@@ -104,16 +104,27 @@ def _sum_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:
     return tile._replace(columns=min(tile.columns, max(16, triton.next_power_of_2(width))))
 
 
-def new_sums(x: Tensor, width: int, rows: int, terms: int, out_rows: int) -> Tensor:
+def new_sums(
+    x: Tensor,
+    width: int,
+    rows: int,
+    terms: int,
+    out_rows: int,
+    *,
+    most_bytes: int = SCRATCH_BYTES,
+    out: Tensor | None = None,
+) -> Tensor:
     """Room for `weighted_sum` of `terms` rows like x's, `width` wide: [parts, out_rows, width], float32.
 
-    `rows` of the `out_rows` are written at a time; the fewer programs that makes, the more parts, up to
-    `SCRATCH_BYTES`.
+    `rows` of the `out_rows` are written at a time; the fewer programs that makes, the more parts, up to `most_bytes`.
+    A lone part is `out` [out_rows, width] where that is given.
     """
     tile = _sum_tile(x.dtype, rows, width)
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
-    most = max(1, SCRATCH_BYTES // max(4 * out_rows * width, 1))
+    most = max(1, most_bytes // max(4 * out_rows * width, 1))
     parts = splits(programs, triton.cdiv(terms, 2 * tile.depth), most)
+    if parts == 1 and out is not None:
+        return out.unsqueeze(0)
     return x.new_empty(parts, out_rows, width, dtype=torch.float32)
 
 

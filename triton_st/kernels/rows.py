@@ -46,6 +46,12 @@ def floor_log2(x):
 
 
 @triton.jit
+def exponent_of(largest):
+    """Exponent of the float32 ≥ 0 whose bits stand at `largest`, kept within reason. A sum over it is near 1."""
+    return tl.minimum(tl.maximum(((tl.load(largest) >> 23) & 255) - 127, -90), 90)
+
+
+@triton.jit
 def inverse(norm, BLOCK: tl.constexpr, left):
     """One over each of the first norms [BLOCK], 0 past the end."""
     row = tl.arange(0, BLOCK)
@@ -53,14 +59,14 @@ def inverse(norm, BLOCK: tl.constexpr, left):
 
 
 @triton.jit
-def _norms(x, left, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Norms of power · x and `power`, 1 unless a row's size is extreme; x is at the first of `left` rows. [BLOCK_R]."""
-    row, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    at = x + row[:, None] * D + column[None, :]
+def norms(x, offset, inside, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Norms of power · row and `power`, 1 unless a row's size is extreme; rows begin at x + offset. [BLOCK_R] each."""
+    column = tl.arange(0, BLOCK_D)
+    at = x + offset[:, None] + column[None, :]
     largest = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     squares = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
-        mask = (row < left)[:, None] & (start + column < D)[None, :]
+        mask = inside[:, None] & (start + column < D)[None, :]
         value = tl.load(at + start, mask=mask, other=0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(value))
         squares += value * value
@@ -71,10 +77,17 @@ def _norms(x, left, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexp
     if x.dtype.element_ty != tl.float16 and tl.max(extreme.to(tl.int32)) != 0:
         squares = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         for start in range(0, D, BLOCK_D):
-            mask = (row < left)[:, None] & (start + column < D)[None, :]
+            mask = inside[:, None] & (start + column < D)[None, :]
             value = tl.load(at + start, mask=mask, other=0).to(tl.float32) * power[:, None]
             squares += value * value
     return tl.sqrt_rn(tl.sum(squares, 1)), power
+
+
+@triton.jit
+def divisor(norm, power):
+    """What a row times `power`, of norm `norm`, is divided by: at least EPS · power, and inf for a zero row."""
+    floor = _EPS * power
+    return tl.where(norm == 0, float("inf"), tl.where(norm < floor, floor, norm))
 
 
 @triton.jit
@@ -83,9 +96,8 @@ def _write_statistics(
 ):
     first, row = block * BLOCK_R, tl.arange(0, BLOCK_R)
     left = count - first
-    norm, power = _norms(x + first.to(tl.int64) * D, left, D, BLOCK_R, BLOCK_D)
-    floor = _EPS * power
-    norm = tl.where(norm == 0, float("inf"), tl.where(norm < floor, floor, norm))
+    norm, power = norms(x + first.to(tl.int64) * D, row * D, row < left, D, BLOCK_R, BLOCK_D)
+    norm = divisor(norm, power)
     tl.store(power_out + first + row, power, mask=row < left)
     tl.store(norm_out + first + row, norm, mask=row < left)
     if x.dtype.element_ty != tl.float16 and tl.max((power != 1.0).to(tl.int32)) != 0:
@@ -111,13 +123,32 @@ def _statistics_kernel(
 @triton.jit
 def _write_copy(
     x, copy, power_out, norm_out, block, count,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, row, column = block * BLOCK_R, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     left = count - first
-    x += first.to(tl.int64) * D
+    x += first.to(tl.int64) * STRIDE
     copy += first.to(tl.int64) * WIDTH
-    norm, power = _norms(x, left, D, BLOCK_R, BLOCK_D)
+    if power_out is not None:
+        power = _write_scale(x, power_out + first, norm_out + first, left, STRIDE, D, BLOCK_R, BLOCK_D)
+    for start in range(0, WIDTH, BLOCK_D):
+        mask = (row < left)[:, None] & (start + column < D)[None, :]
+        value = tl.load(x + row[:, None] * STRIDE + column[None, :] + start, mask=mask, other=0)
+        if power_out is not None:
+            value = value.to(tl.float32) * power[:, None]
+        mask = (row < left)[:, None] & (start + column < WIDTH)[None, :]
+        at = copy + row[:, None] * WIDTH + column[None, :] + start
+        tl.store(at, value.to(copy.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _write_scale(
+    x, power_out, norm_out, left,
+    STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes, and returns, the power of two of each row's copy, and writes the copy's norm."""
+    row = tl.arange(0, BLOCK_R)
+    norm, power = norms(x, row * STRIDE, row < left, D, BLOCK_R, BLOCK_D)
     below = (norm < _EPS * power) & (norm > 0)
     ordinary = (norm > 0) & (norm < float("inf"))
     shift = tl.where(ordinary, _COPY_EXPONENT - floor_log2(norm), 0)
@@ -125,42 +156,35 @@ def _write_copy(
     power = tl.where(norm == 0, 0.0, tl.where(below, _BELOW_EPS_POWER, power))
     norm = tl.where(below, _BELOW_EPS_NORM, norm * power_of_two(shift))
     norm = tl.where(norm == 0, float("inf"), norm)
-    tl.store(power_out + first + row, power, mask=row < left)
-    tl.store(norm_out + first + row, norm, mask=row < left)
-    for start in range(0, WIDTH, BLOCK_D):
-        mask = (row < left)[:, None] & (start + column < D)[None, :]
-        value = tl.load(x + row[:, None] * D + column[None, :] + start, mask=mask, other=0).to(tl.float32)
-        value = value * power[:, None]
-        mask = (row < left)[:, None] & (start + column < WIDTH)[None, :]
-        at = copy + row[:, None] * WIDTH + column[None, :] + start
-        tl.store(at, value.to(copy.dtype.element_ty), mask=mask)
+    tl.store(power_out + row, power, mask=row < left)
+    tl.store(norm_out + row, norm, mask=row < left)
+    return power
 
 
 @triton.jit(do_not_specialize=["a_count", "b_count"])
 def _copy_kernel(
-    a, b,  # [M, D], [N, D]
+    a, b,  # [M, D], [N, D], lines STRIDE apart
     a_copy, b_copy,  # [M, WIDTH], [N, WIDTH]: the same, scaled, then zeros
-    a_power, a_norm, b_power, b_norm,  # [M], [M], [N], [N]
+    a_power, a_norm, b_power, b_norm,  # [M], [M], [N], [N]; None: copied as they are
     a_count, b_count,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     a_blocks = tl.cdiv(a_count, BLOCK_R)
     if block < a_blocks:
-        _write_copy(a, a_copy, a_power, a_norm, block, a_count, D, WIDTH, BLOCK_R, BLOCK_D)
+        _write_copy(a, a_copy, a_power, a_norm, block, a_count, STRIDE, D, WIDTH, BLOCK_R, BLOCK_D)
     else:
-        _write_copy(b, b_copy, b_power, b_norm, block - a_blocks, b_count, D, WIDTH, BLOCK_R, BLOCK_D)
+        _write_copy(b, b_copy, b_power, b_norm, block - a_blocks, b_count, STRIDE, D, WIDTH, BLOCK_R, BLOCK_D)
 
 
 @triton.jit
 def _through_norm(
-    sums, part_stride, parts, undo, x, power, norm, other, other_power, other_weight, start, inside,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    sums, part_stride, parts, undo, x, power, norm, other, other_offset, other_factor, start, inside,
+    STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One column block of the gradient of the unit rows, and of the unit rows themselves. [BLOCK_R, BLOCK_D] each."""
     row, column = tl.arange(0, BLOCK_R), start + tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (column < D)[None, :]
-    offset = row[:, None] * D + column[None, :]
     at = sums + row[:, None] * WIDTH + column[None, :]
     grad = tl.load(at, mask=mask, other=0)
     for _ in range(1, parts):
@@ -169,64 +193,86 @@ def _through_norm(
     grad *= undo[:, None]
     if other is not None:
         # The row of the positive, kept out of the products: it never meets half precision.
-        positive = tl.load(other + offset, mask=mask & (other_weight != 0)[:, None], other=0).to(tl.float32)
-        grad -= positive * other_power[:, None] * other_weight[:, None]
-    unit = tl.load(x + offset, mask=mask, other=0).to(tl.float32) * power[:, None]
-    return grad, tl.div_rn(unit, tl.broadcast_to(norm[:, None], [BLOCK_R, BLOCK_D])), offset, mask
+        at = other + other_offset[:, None] + column[None, :]
+        positive = tl.load(at, mask=mask & (other_factor != 0)[:, None], other=0).to(tl.float32)
+        grad -= positive * other_factor[:, None]
+    unit = grad
+    if norm is not None:
+        unit = tl.load(x + row[:, None] * STRIDE + column[None, :], mask=mask, other=0).to(tl.float32) * power[:, None]
+        unit = tl.div_rn(unit, tl.broadcast_to(norm[:, None], [BLOCK_R, BLOCK_D]))
+    return grad, unit, mask
 
 
-@triton.jit(do_not_specialize=["count", "parts", "part_rows", "other_count", "share_parts", "share_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "count", "parts", "part_rows", "pair_first", "pairs", "share_parts", "share_stride", "accumulate",
+    ]
+)  # fmt: skip
 def _project_kernel(
     sums,  # [parts, part_rows ≥ count, WIDTH ≥ D] float32: gradient of the unit rows, in parts
-    x, power, norm, out,  # [count, D], [count], [count], [count, D]
-    other, other_power, other_norm,  # each row's partner in a positive pair: [other_count ≤ count, D], or None
-    share,  # [share_parts, other_count], lines share_stride apart: probability that a pair's query gives to others
-    grad_loss,  # [] or None
-    coefficient, undo,
-    count, parts, part_rows, other_count, share_parts, share_stride,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, power, norm, out,  # [count, D], [count], [count], [count, D]; norm None: the rows count as they are
+    other, other_power, other_norm,  # partners in positive pairs: [≥ pairs, D], or None
+    other_rows,  # [pairs] or None: pair i is with row i of other
+    share,  # [share_parts, pairs], lines share_stride apart: what a pair's query gives to others
+    largest,  # [1] int32: bits of the number whose power of two sums were divided by, or None
+    undo,
+    count, parts, part_rows, pair_first, pairs, share_parts, share_stride, accumulate,
+    STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, OVER_NORM: tl.constexpr,
 ):  # fmt: skip
     first, row = tl.program_id(0) * BLOCK_R, tl.arange(0, BLOCK_R)
     inside = row < count - first
-    power = tl.load(power + first + row, mask=inside, other=0)
-    norm = tl.load(norm + first + row, mask=inside, other=1)
     undo_row = tl.zeros([BLOCK_R], tl.float32) + undo
-    other_weight = tl.zeros([BLOCK_R], tl.float32)
+    if largest is not None:
+        undo_row *= power_of_two(exponent_of(largest))
+    if norm is not None:
+        power = tl.load(power + first + row, mask=inside, other=0)
+        norm = tl.load(norm + first + row, mask=inside, other=1)
+        if OVER_NORM:
+            undo_row *= tl.where(norm < float("inf"), norm, 1.0)
+    other_factor = tl.zeros([BLOCK_R], tl.float32)
+    other_offset = tl.zeros([BLOCK_R], tl.int64)
     if other is not None:
-        undo_row *= tl.where(norm < float("inf"), norm, 1.0)
-        paired = row < tl.minimum(count, other_count) - first
-        share += first + row
+        pair = first + row - pair_first
+        paired = inside & (pair >= 0) & (pair < pairs)
+        share += pair
         for _ in range(0, share_parts):
-            other_weight += tl.load(share, mask=paired, other=0)
+            other_factor += tl.load(share, mask=paired, other=0)
             share += share_stride
-        other_weight = tl.div_rn(other_weight, tl.load(other_norm + first + row, mask=paired, other=1))
-        other_power = tl.load(other_power + first + row, mask=paired, other=0)
-        other += first.to(tl.int64) * D
-        coefficient = coefficient * tl.load(grad_loss).to(tl.float32)
+        other_row = pair if other_rows is None else tl.load(other_rows + pair, mask=paired, other=0)
+        other_offset = tl.where(paired, other_row, 0).to(tl.int64) * STRIDE
+        if other_norm is not None:
+            other_factor = tl.div_rn(other_factor, tl.load(other_norm + other_row, mask=paired, other=1))
+            other_factor *= tl.load(other_power + other_row, mask=paired, other=0)
     sums += first.to(tl.int64) * WIDTH
-    x += first.to(tl.int64) * D
-    out += first.to(tl.int64) * D
+    x += first.to(tl.int64) * STRIDE
+    out += first.to(tl.int64) * OUT_STRIDE
     part_stride = tl.cast(part_rows, tl.int64) * WIDTH
-    radial = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    if norm is not None:
+        radial = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            grad, unit, mask = _through_norm(
+                sums, part_stride, parts, undo_row, x, power, norm, other, other_offset, other_factor, start, inside,
+                STRIDE, D, WIDTH, BLOCK_R, BLOCK_D,
+            )  # fmt: skip
+            radial += grad * unit
+        radial = tl.where(power == _BELOW_EPS_POWER, 0.0, tl.sum(radial, 1))
+        factor = tl.div_rn(tl.full([BLOCK_R], 1.0, tl.float32), norm)
     for start in range(0, D, BLOCK_D):
-        grad, unit, offset, mask = _through_norm(
-            sums, part_stride, parts, undo_row, x, power, norm, other, other_power, other_weight, start, inside,
-            D, WIDTH, BLOCK_R, BLOCK_D,
+        grad, unit, mask = _through_norm(
+            sums, part_stride, parts, undo_row, x, power, norm, other, other_offset, other_factor, start, inside,
+            STRIDE, D, WIDTH, BLOCK_R, BLOCK_D,
         )  # fmt: skip
-        radial += grad * unit
-    radial = tl.where(power == _BELOW_EPS_POWER, 0.0, tl.sum(radial, 1))
-    factor = tl.div_rn(tl.zeros([BLOCK_R], tl.float32) + coefficient, norm)
-    for start in range(0, D, BLOCK_D):
-        grad, unit, offset, mask = _through_norm(
-            sums, part_stride, parts, undo_row, x, power, norm, other, other_power, other_weight, start, inside,
-            D, WIDTH, BLOCK_R, BLOCK_D,
-        )  # fmt: skip
-        grad = (grad - unit * radial[:, None]) * factor[:, None] * power[:, None]
-        grad = tl.where((power == 0)[:, None], 0.0, grad)
-        tl.store(out + offset, grad.to(out.dtype.element_ty), mask=mask)
+        if norm is not None:
+            grad = (grad - unit * radial[:, None]) * factor[:, None] * power[:, None]
+            grad = tl.where((power == 0)[:, None], 0.0, grad)
+        at = out + row[:, None] * OUT_STRIDE + start + tl.arange(0, BLOCK_D)[None, :]
+        if accumulate != 0:
+            grad += tl.load(at, mask=mask, other=0).to(tl.float32)
+        tl.store(at, grad.to(out.dtype.element_ty), mask=mask)
 
 
-def _block(d: int) -> tuple[int, int]:
+def block_of(d: int) -> tuple[int, int]:
     """Rows and columns of a block."""
     columns = min(BLOCK_COLUMNS, max(16, triton.next_power_of_2(d)))
     return BLOCK_NUMBERS // columns, columns
@@ -240,7 +286,7 @@ class Statistics:
         self.a_power, self.a_norm, self.b_power, self.b_norm = a.new_empty(2 * (m + n), dtype=torch.float32).split(
             (m, m, n, n)
         )
-        block_rows, block_columns = _block(d)
+        block_rows, block_columns = block_of(d)
         self.extreme = torch.zeros(1, dtype=torch.int32, device=a.device)
         launch(
             _statistics_kernel, (triton.cdiv(m, block_rows) + triton.cdiv(n, block_rows),),
@@ -250,34 +296,43 @@ class Statistics:
 
 
 class Scaled:
-    """Rows [N, D] with the power and norm that `copy_rows` fills in."""
+    """Rows [N, D] with the power and norm that `copy_rows` fills in; None where they are to be taken as they are."""
 
-    def __init__(self, rows: Tensor) -> None:
+    power: Tensor | None
+    norm: Tensor | None
+
+    def __init__(self, rows: Tensor, *, normalized: bool = True) -> None:
         self.rows = rows
-        self.power, self.norm = rows.new_empty(2, len(rows), dtype=torch.float32)
+        self.power = rows.new_empty(len(rows), dtype=torch.float32) if normalized else None
+        self.norm = rows.new_empty(len(rows), dtype=torch.float32) if normalized else None
 
     def __getitem__(self, part: slice) -> Scaled:
         view = object.__new__(Scaled)
-        view.rows, view.power, view.norm = self.rows[part], self.power[part], self.norm[part]
+        view.rows = self.rows[part]
+        view.power = None if self.power is None else self.power[part]
+        view.norm = None if self.norm is None else self.norm[part]
         return view
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def copy_rows(a: Scaled, b: Scaled) -> tuple[Tensor, Tensor]:
     """Copies of both sets of rows, their norms in [2^7, 2^8); fills in power and norm. One launch.
 
-    Copies are widened with zeros to `padded_width`.
+    Copies are widened with zeros to `padded_width`. Both sets lie in memory with the same distance from row to row.
     """
     a_rows, b_rows = a.rows, b.rows
     d = a_rows.shape[1]
     width = padded_width(a_rows.dtype, d)
-    block_rows, block_columns = _block(width)
+    block_rows, block_columns = block_of(width)
     a_copy, b_copy = a_rows.new_empty(len(a_rows), width), b_rows.new_empty(len(b_rows), width)
     launch(
         _copy_kernel, (triton.cdiv(len(a_rows), block_rows) + triton.cdiv(len(b_rows), block_rows),),
         a=a_rows, b=b_rows, a_copy=a_copy, b_copy=b_copy,
         a_power=a.power, a_norm=a.norm, b_power=b.power, b_norm=b.norm,
         a_count=len(a_rows), b_count=len(b_rows),
-        D=d, WIDTH=width, BLOCK_R=block_rows, BLOCK_D=block_columns, num_warps=4,
+        STRIDE=a_rows.stride(0), D=d, WIDTH=width, BLOCK_R=block_rows, BLOCK_D=block_columns, num_warps=4,
     )  # fmt: skip
     return a_copy, b_copy
 
@@ -287,21 +342,26 @@ def project(
     x: Scaled,
     out: Tensor,
     *,
-    partner: Scaled | None = None,
-    share: Tensor | None = None,
-    grad_loss: Tensor | None = None,
-    coefficient: float = 1.0,
     undo: float = 1.0,
+    over_norm: bool = False,
+    largest: Tensor | None = None,
+    partner: Scaled | None = None,
+    partner_rows: Tensor | None = None,
+    pair_first: int = 0,
+    share: Tensor | None = None,
+    accumulate: bool = False,
 ) -> None:
     """Into out: gradient of the rows of x from that of their unit rows, the sum of the parts of `sums`.
 
     Args:
-        sums: [parts, at least N, width], times 1 / undo; with partner times 1 / (undo · norm).
+        sums: [parts, at least N, width], times 1 / undo. One part may be out itself.
         x: [N, D].
-        out: [N, D], takes coefficient (· grad_loss) times the gradient.
-        partner: row i is the other one of x's i-th positive pair; there may be fewer of them than rows in x.
-        share: [parts, pairs], how much the pair's query gives to other documents.
-        grad_loss: 0-d.
+        out: [N, D], or the first D columns of a wider tensor.
+        over_norm: sums have been divided by the norm of the row's copy as well.
+        largest: [1] int32, bits of a float32; sums have been divided by its power of two as well.
+        partner: pair i is of row pair_first + i of x and row partner_rows[i] (or i) of `partner`. share [parts, pairs]
+            times the partner's unit row is subtracted from the gradient of x's.
+        accumulate: on top of what is in `out`.
     """
     count, d = x.rows.shape
     pairs, share_parts, share_stride = (share.shape[1], len(share), share.stride(0)) if share is not None else (0, 0, 0)
@@ -309,10 +369,11 @@ def project(
         _project_kernel, (triton.cdiv(count, PROJECT_ROWS),),
         sums=sums, x=x.rows, power=x.power, norm=x.norm, out=out,
         other=partner.rows if partner else None, other_power=partner.power if partner else None,
-        other_norm=partner.norm if partner else None, share=share, grad_loss=grad_loss,
-        coefficient=coefficient, undo=undo, count=count, parts=len(sums), part_rows=sums.shape[1],
-        other_count=pairs, share_parts=share_parts, share_stride=share_stride,
-        D=d, WIDTH=sums.shape[2], BLOCK_R=PROJECT_ROWS, BLOCK_D=_block(d)[1], num_warps=4,
+        other_norm=partner.norm if partner else None, other_rows=partner_rows, share=share, largest=largest,
+        undo=undo, count=count, parts=len(sums), part_rows=sums.shape[1],
+        pair_first=pair_first, pairs=pairs, share_parts=share_parts, share_stride=share_stride,
+        accumulate=int(accumulate), STRIDE=x.rows.stride(0), OUT_STRIDE=out.stride(0), D=d, WIDTH=sums.shape[2],
+        BLOCK_R=PROJECT_ROWS, BLOCK_D=block_of(d)[1], OVER_NORM=over_norm, num_warps=4,
     )  # fmt: skip
 
 
