@@ -10,9 +10,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -281,58 +281,53 @@ def _print_neighbours(model: SentenceTransformer, queries: Sequence[str], corpus
 def _add_encode(commands: Any) -> None:
     parser = commands.add_parser(
         "encode",
-        help="embed the lines of a text file into a .npy matrix",
+        help="embed the lines of a text file into a .npy matrix or a Parquet file",
         description="Reads one text per line (UTF-8; only a newline ends a line, and an empty line is an empty text) "
-        "and writes a float32 matrix [lines, dim] as .npy.",
+        "and writes a matrix [lines, dim] as .npy, or a column 'embedding' as .parquet, in memory that does not grow "
+        "with the number of lines. A run that was killed and is called again goes on where it stopped.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub id")
     parser.add_argument("input", metavar="TEXTS", help="text file, or - for standard input")
-    parser.add_argument("output", metavar="OUT.npy", help="where the matrix goes; written whole or not at all")
+    parser.add_argument("output", metavar="OUT", help="OUT.npy or OUT.parquet; it appears when it is whole")
     parser.add_argument("--batch-size", type=_positive, default=128, help="batch size in texts of 64 tokens")
+    parser.add_argument("--chunk-size", type=_positive, default=16_384, help="lines at a time: what a kill can cost")
     parser.add_argument("--normalize", action="store_true", help="scale every embedding to length 1")
+    parser.add_argument("--truncate-dim", type=_positive, help="keep the first dimensions only")
+    parser.add_argument(
+        "--precision", choices=("float32", "binary", "ubinary"), default="float32", help="of the output"
+    )
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt-name", help="put the model's prompt of this name before every text")
+    prompt.add_argument("--prompt", help="put this before every text")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=_encode)
 
 
 def _encode(args: argparse.Namespace) -> None:
-    import numpy as np
-
-    from triton_st.data import decoded_lines
+    from triton_st.encode_file import encode_file, standard_input
     from triton_st.sentence_transformer import SentenceTransformer
 
-    if Path(args.output).suffix != ".npy":
-        raise CommandError(f"the output must end in .npy, got {args.output}")
-    with contextlib.nullcontext(sys.stdin.buffer) if args.input == "-" else open(args.input, "rb") as lines:
-        name = "standard input" if args.input == "-" else args.input
-        texts = [line.removesuffix("\n").removesuffix("\r") for line in decoded_lines(lines, name)]
-    with _written_whole(Path(args.output)) as file:
-        embeddings = SentenceTransformer(args.model).encode(
-            texts,
+    target = Path(args.output)
+    if args.input == "-" and not os.access(target.parent, os.W_OK):
+        raise CommandError(f"cannot write to {target}")
+    with standard_input(target.parent) if args.input == "-" else contextlib.nullcontext(Path(args.input)) as source:
+        rows, dimension, resumed = encode_file(
+            lambda: SentenceTransformer(args.model),
+            args.model,
+            source,
+            target,
+            chunk_size=args.chunk_size,
+            precision=args.precision,
+            show_progress_bar=not args.no_progress,
             batch_size=args.batch_size,
             normalize_embeddings=args.normalize,
-            show_progress_bar=not args.no_progress,
+            truncate_dim=args.truncate_dim,
+            prompt_name=args.prompt_name,
+            prompt=args.prompt,
         )
-        np.save(file, embeddings)
-    print(f"{args.output}: {embeddings.shape[0]} embeddings of {embeddings.shape[1]} dimensions")
-
-
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place `path` when the block ends well; if it never could, that is said before the block."""
-    if path.is_dir():
-        raise CommandError(f"cannot write to {path}: it is a folder")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        file = partial.open("wb")
-    except OSError as error:
-        raise CommandError(f"cannot write to {path}: {error.strerror}") from error
-    try:
-        with file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    before = f", {resumed} of them by an earlier run" if resumed else ""
+    print(f"{args.output}: {rows} embeddings of {dimension} numbers{before}")
 
 
 def _add_evaluate(commands: Any) -> None:
