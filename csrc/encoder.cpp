@@ -49,11 +49,11 @@ void run_alone(const Model& model, const Batch& batch, const Output& output, int
     for_blocks([&](int64_t row, int64_t n) {
       pass.finish_context(row, n);
       pass.project_out(layer, row, n, 0, layer.out.outputs / kPanel);
-      pass.normalise(row, n, layer.attention_gain, layer.attention_shift);
+      pass.normalise(row, n, layer.attention_norm);
       pass.feed_up(layer, row, row, n, 0, layer.up.outputs / kPanel);
       pass.finish_hidden(0, n);
       pass.feed_down(layer, row, row, n, 0, layer.down.outputs / kPanel);
-      pass.normalise(row, n, layer.output_gain, layer.output_shift);
+      pass.normalise(row, n, layer.output_norm);
     });
   }
   for (int64_t s = first; s < last; ++s) finish_sequence(pass, batch, output, sizes.hidden, s);
@@ -136,7 +136,7 @@ void run_together(const Model& model, const Batch& batch, const Output& output, 
       case 3:
         return pass.project_out(layer, 0, rows, panel, panels(layer.out));
       case 4:
-        return pass.normalise(row, n, layer.attention_gain, layer.attention_shift);
+        return pass.normalise(row, n, layer.attention_norm);
       case 5:
         return pass.feed_up(layer, 0, 0, rows, panel, panels(layer.up));
       case 6:
@@ -144,7 +144,7 @@ void run_together(const Model& model, const Batch& batch, const Output& output, 
       case 7:
         return pass.feed_down(layer, 0, 0, rows, panel, panels(layer.down));
       default:
-        return pass.normalise(row, n, layer.output_gain, layer.output_shift);
+        return pass.normalise(row, n, layer.output_norm);
     }
   };
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { stages.work(run_unit); });

@@ -40,14 +40,20 @@ struct Sizes {
   int64_t context() const { return round_up(heads * padded_head(), kPanel); }
 };
 
+// A LayerNorm. For int8 the layer that it feeds takes x̂ · spread instead of x̂ · gain + shift, with the rest of the gain
+// folded into the weights and the shift into the bias, so that no feature stretches the range of a token's bytes alone.
+struct Norm {
+  const float *gain, *shift, *spread;
+};
+
 struct Layer {
   Dense qkv, out, up, down;
-  const float *attention_gain, *attention_shift, *output_gain, *output_shift;
+  Norm attention_norm, output_norm;
 };
 
 struct Model {
   Sizes sizes;
-  const float *gain, *shift;
+  Norm norm;
   std::vector<Layer> layers;
 };
 
@@ -82,24 +88,30 @@ Dense lay_out_dense(Pieces& pieces, int64_t inputs, int64_t outputs) {
   return dense;
 }
 
+template <class P>
+Norm lay_out_norm(Pieces& pieces, int64_t hidden) {
+  Norm norm{};
+  norm.gain = pieces.take<float>(hidden);
+  norm.shift = pieces.take<float>(hidden);
+  if constexpr (P::kQuantised) norm.spread = pieces.take<float>(hidden);
+  return norm;
+}
+
 // Where everything is in the memory from `begin` on; the number of bytes goes to sizes.bytes.
 template <class P>
 Model lay_out(Sizes sizes, char* begin) {
   Pieces pieces(begin);
   pieces.take<Sizes>(1);
   const int64_t hidden = sizes.padded_hidden(), intermediate = sizes.padded_intermediate(), context = sizes.context();
-  const float* gain = pieces.take<float>(hidden);
-  Model model{sizes, gain, pieces.take<float>(hidden), {}};
+  Model model{sizes, lay_out_norm<P>(pieces, hidden), {}};
   for (int64_t i = 0; i < sizes.layers; ++i) {
     Layer layer;
     layer.qkv = lay_out_dense<P>(pieces, hidden, 3 * context);
     layer.out = lay_out_dense<P>(pieces, context, hidden);
     layer.up = lay_out_dense<P>(pieces, hidden, intermediate);
     layer.down = lay_out_dense<P>(pieces, intermediate, hidden);
-    for (const float** vector :
-         {&layer.attention_gain, &layer.attention_shift, &layer.output_gain, &layer.output_shift}) {
-      *vector = pieces.take<float>(hidden);
-    }
+    layer.attention_norm = lay_out_norm<P>(pieces, hidden);
+    layer.output_norm = lay_out_norm<P>(pieces, hidden);
     model.layers.push_back(layer);
   }
   model.sizes.bytes = pieces.bytes();
@@ -113,9 +125,11 @@ struct DenseSource {
   std::vector<const float*> rows;  // of each padded output; null stands for zeros
   std::vector<float> bias;
   std::vector<int64_t> columns;  // of each padded input; −1 stands for zeros
+  std::vector<float> factors;    // of each padded input; none: ones
 
   float at(int64_t output, int64_t input) const {
-    return rows[output] && columns[input] >= 0 ? rows[output][columns[input]] : 0.f;
+    if (!rows[output] || columns[input] < 0) return 0.f;
+    return rows[output][columns[input]] * (factors.empty() ? 1.f : factors[input]);
   }
 };
 
@@ -168,6 +182,19 @@ void pack_dense(const Dense& dense, const DenseSource& source) {
   });
 }
 
+// Makes weights for x̂ · spread of weights for x̂ · gain + shift.
+inline void fold(const Norm& norm, DenseSource& source) {
+  const int64_t inputs = static_cast<int64_t>(source.columns.size());
+  for (size_t n = 0; n < source.rows.size(); ++n) {
+    double sum = source.bias[n];
+    for (int64_t k = 0; k < inputs; ++k) sum += static_cast<double>(source.at(n, k)) * norm.shift[k];
+    source.bias[n] = static_cast<float>(sum);
+  }
+  for (int64_t k = 0; k < inputs; ++k) {
+    source.factors.push_back(norm.spread[k] == 0.f ? 0.f : norm.gain[k] / norm.spread[k]);
+  }
+}
+
 inline void copy_padded(const float* from, int64_t n, const float* to, int64_t padded) {
   float* out = const_cast<float*>(to);
   std::copy_n(from, n, out);
@@ -190,8 +217,9 @@ inline std::vector<int64_t> head_features(const Sizes& sizes) {
   return features;
 }
 
-// `weights`: gain and shift of the embeddings' LayerNorm; then of each layer weight and bias of query, key, value and
-// output projection, gain and shift, weight and bias of both feed-forward layers, gain and shift.
+// `weights`: gain and shift (and spread, for int8) of the embeddings' LayerNorm; then of each layer weight and bias of
+// query, key, value and output projection, gain, shift (spread), weight and bias of both feed-forward layers, gain,
+// shift (spread).
 template <class P>
 Tensor pack(const Sizes& wanted, const std::vector<Tensor>& weights) {
   const Sizes sizes = lay_out<P>(wanted, nullptr).sizes;
@@ -210,12 +238,14 @@ Tensor pack(const Sizes& wanted, const std::vector<Tensor>& weights) {
                     "encoder_pack: weight ", next - 1, " should be ", size, " contiguous float32 values");
     return static_cast<const float*>(x.const_data_ptr());
   };
-  auto read_norm = [&](const float* gain, const float* shift) {
-    copy_padded(take(hidden), hidden, gain, padded);
-    copy_padded(take(hidden), hidden, shift, padded);
+  auto read_norm = [&](const Norm& norm) {
+    copy_padded(take(hidden), hidden, norm.gain, padded);
+    copy_padded(take(hidden), hidden, norm.shift, padded);
+    if (norm.spread) copy_padded(take(hidden), hidden, norm.spread, padded);
+    return norm;
   };
   auto read_dense = [&](const Dense& dense, int64_t inputs, int64_t outputs, const std::vector<int64_t>& columns,
-                        const std::vector<int64_t>& rows, int parts) {
+                        const std::vector<int64_t>& rows, int parts, const Norm& norm) {
     DenseSource source;
     source.columns = columns;
     for (int part = 0; part < parts; ++part) {
@@ -226,16 +256,18 @@ Tensor pack(const Sizes& wanted, const std::vector<Tensor>& weights) {
         source.bias.push_back(n < 0 ? 0.f : bias[n]);
       }
     }
+    if (norm.spread) fold(norm, source);
     pack_dense<P>(dense, source);
   };
-  read_norm(model.gain, model.shift);
+  const Norm none{};
+  Norm norm = read_norm(model.norm);
   for (const Layer& layer : model.layers) {
-    read_dense(layer.qkv, hidden, hidden, plain, heads, 3);
-    read_dense(layer.out, hidden, hidden, heads, plain, 1);
-    read_norm(layer.attention_gain, layer.attention_shift);
-    read_dense(layer.up, hidden, sizes.intermediate, plain, wide, 1);
-    read_dense(layer.down, sizes.intermediate, hidden, wide, plain, 1);
-    read_norm(layer.output_gain, layer.output_shift);
+    read_dense(layer.qkv, hidden, hidden, plain, heads, 3, norm);
+    read_dense(layer.out, hidden, hidden, heads, plain, 1, none);
+    norm = read_norm(layer.attention_norm);
+    read_dense(layer.up, hidden, sizes.intermediate, plain, wide, 1, norm);
+    read_dense(layer.down, sizes.intermediate, hidden, wide, plain, 1, none);
+    norm = read_norm(layer.output_norm);
   }
   return packed;
 }

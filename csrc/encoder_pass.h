@@ -52,8 +52,10 @@ inline Ints lane_numbers() {
   return lanes;
 }
 
-// Layer normalisation of n values in place; what lies behind them up to a multiple of kPanel is and stays 0.
-inline void layer_norm(float* x, int64_t n, const float* gain, const float* shift, float eps) {
+// Layer normalisation of n values in place; what lies behind them up to a multiple of kPanel is and stays 0. With
+// kSpread, `spread` gets x̂ · norm.spread.
+template <bool kSpread>
+void layer_norm(float* x, int64_t n, const Norm& norm, float eps, float* spread) {
   const int64_t padded = round_up(n, kPanel);
   Vec sums[4] = {};
   for (int64_t i = 0; i < padded; i += kPanel) {
@@ -72,7 +74,9 @@ inline void layer_norm(float* x, int64_t n, const float* gain, const float* shif
   }
   const Vec inverse = splat(1.f / std::sqrt(sum(squares[0] + squares[1]) / static_cast<float>(n) + eps));
   for (int64_t i = 0; i < padded; i += kWidth) {
-    store(x + i, fma((load(x + i) - mean) * inverse, load(gain + i), load(shift + i)));
+    const Vec unit = (load(x + i) - mean) * inverse;
+    store(x + i, fma(unit, load(norm.gain + i), load(norm.shift + i)));
+    if constexpr (kSpread) store(spread + i, unit * load(norm.spread + i));
   }
 }
 
@@ -95,6 +99,8 @@ struct Batch {
 struct Workspace {
   Buffer x, x_lanes, qkv, context, context_lanes, hidden, hidden_lanes, row_scales, pooled;
 };
+
+inline thread_local Buffer spread_row;
 
 // Elements from row to row: no multiple of the cache's period.
 template <class T>
@@ -161,7 +167,7 @@ class Pass {
         store(out + i, sum);
       }
     }
-    normalise(begin - base_, n, model_.gain, model_.shift);
+    normalise(begin - base_, n, model_.norm);
   }
 
   void project_qkv(const Layer& layer, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
@@ -195,11 +201,13 @@ class Pass {
                      [&](int64_t r, int64_t c, Vec low, Vec high) { add_to_x(r, c, low, high); });
   }
 
-  void normalise(int64_t row, int64_t rows, const float* gain, const float* shift) {
+  void normalise(int64_t row, int64_t rows, const Norm& norm) {
+    const float eps = static_cast<float>(model_.sizes.eps);
+    float* spread = P::kQuantised ? spread_row.reserve(hidden_) : nullptr;
     for (int64_t r = row; r < row + rows; ++r) {
       float* x = x_ + r * x_stride_;
-      layer_norm(x, model_.sizes.hidden, gain, shift, static_cast<float>(model_.sizes.eps));
-      quantise_row(x, hidden_, x_operand_, r);
+      layer_norm<P::kQuantised>(x, model_.sizes.hidden, norm, eps, spread);
+      quantise_row(spread, hidden_, x_operand_, r);
       if constexpr (!P::kQuantised && !kFloatLanes) {
         auto* out = reinterpret_cast<Activation*>(const_cast<float*>(x_operand_.lanes) + r * x_operand_.stride);
         for (int64_t i = 0; i < hidden_; i += kWidth) put(out + i, load(x + i));

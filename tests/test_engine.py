@@ -273,7 +273,7 @@ def test_bad_settings() -> None:
     batch = random_batch()
     with pytest.raises(ValueError, match="pooling: expected one or more"):
         Engine(bert()).embed(batch["input_ids"], batch["cu_seqlens"], pooling="middle")
-    with pytest.raises(RuntimeError, match="packs float32 parameters, not torch.float64"):
+    with pytest.raises(RuntimeError, match="packs float32 parameters"):
         Engine(bert().double()).embed(batch["input_ids"], batch["cu_seqlens"])
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from triton_st import backend
-from triton_st.models.encoder import PackedEncoder
+from triton_st.models.encoder import LayerWeights, PackedEncoder
 from triton_st.models.pooling import POOLING_MODES
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
@@ -103,14 +104,18 @@ class Engine:
         state = self._current_state()
         a = self.encoder.architecture
         embeddings = self.encoder.embeddings
-        weights = [embeddings.LayerNorm.weight, embeddings.LayerNorm.bias]
+        weights: list[Tensor] = [embeddings.LayerNorm.weight, embeddings.LayerNorm.bias]
         for layer in self.encoder.layers():
             weights += layer.weights()
         plain = [weight.detach().contiguous() for weight in weights]
+        if self.dtype == "int8":
+            plain = _with_spreads(plain, self.encoder)
         self._packed = torch.ops.triton_st_cpp.encoder_pack(
             DTYPES.index(self.dtype), a.layers, a.hidden_size, a.heads, a.intermediate_size, a.eps, plain
         )
-        types = embeddings.token_type_embeddings.weight.detach().contiguous() if a.token_types else None
+        types: Tensor | None = None
+        if a.token_types:
+            types = embeddings.token_type_embeddings.weight.detach().contiguous()
         word, position = embeddings.word_embeddings.weight, embeddings.position_embeddings.weight
         self._tables = (word.detach().contiguous(), position.detach().contiguous(), types, self._position_bias())
         self._state = state
@@ -191,7 +196,7 @@ class Engine:
             ("input_ids", input_ids, a.vocab_size),
             ("token_type_ids", token_type_ids, a.token_types),
         ):
-            if ids is not None and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < size):
+            if ids is not None and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < size):
                 raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {ids.min()} to {ids.max()}")
         types = None if token_type_ids is None else token_type_ids.int().contiguous()
         return input_ids.int().contiguous(), offsets, types
@@ -262,6 +267,52 @@ class Engine:
                 batch = coming.pop().result()
                 coming += [tokenizing.submit(packed, following) for following in blocks[i + 1 : i + 2]]
                 embed(block, batch)
+
+
+def _with_spreads(weights: list[Tensor], encoder: PackedEncoder) -> list[Tensor]:
+    """Put behind each LayerNorm's gain and shift the factors of its normalised features before they become bytes.
+
+    Some features of a trained encoder are many times larger than the others, in every token, and would leave those few
+    of the 256 steps. Each is divided by a power of two, by which the weights that it meets are multiplied: the root of
+    how large it gets over how large those weights are (Xiao et al., "SmoothQuant", https://arxiv.org/abs/2211.10438).
+    Which features these are shows on random tokens, so that nothing has to be calibrated.
+    """
+    a = encoder.architecture
+    gain, shift, *rest = weights
+    embeddings = encoder.embeddings
+    length = min(16, a.longest)
+    ids = torch.randint(a.vocab_size, (16, length), generator=torch.Generator().manual_seed(0))
+    result: list[Tensor] = []
+
+    def add_norm(gain: Tensor, shift: Tensor, hidden: Tensor, *fed: Tensor) -> None:
+        sizes = (hidden - shift).abs().amax((0, 1)).clamp(min=1e-3)
+        met = torch.stack([weight.abs().amax(0) for weight in fed]).amax(0).clamp(min=1e-4)
+        result.extend((gain, shift, gain / (sizes / met).sqrt().log2().round().exp2()))
+
+    with torch.no_grad():
+        positions = embeddings.position_embeddings.weight[a.position_offset :][:length]
+        hidden = embeddings.word_embeddings.weight[ids] + positions
+        if a.token_types:
+            hidden = hidden + embeddings.token_type_embeddings.weight[0]
+        norm = gain, shift
+        hidden = F.layer_norm(hidden, (a.hidden_size,), *norm, a.eps)
+        for i in range(0, len(rest), len(LayerWeights._fields)):
+            w = LayerWeights(*rest[i : i + len(LayerWeights._fields)])
+            add_norm(*norm, hidden, w.query_weight, w.key_weight, w.value_weight)
+            projected = [
+                F.linear(hidden, weight, bias).unflatten(-1, (a.heads, -1)).transpose(1, 2)
+                for weight, bias in (w[0:2], w[2:4], w[4:6])
+            ]
+            attended = F.scaled_dot_product_attention(*projected).transpose(1, 2).flatten(2)
+            hidden = hidden + F.linear(attended, w.projection_weight, w.projection_bias)
+            hidden = F.layer_norm(hidden, (a.hidden_size,), w.attention_norm_weight, w.attention_norm_bias, a.eps)
+            result.extend(w[:8])
+            add_norm(w.attention_norm_weight, w.attention_norm_bias, hidden, w.up_weight)
+            fed = F.linear(F.gelu(F.linear(hidden, w.up_weight, w.up_bias)), w.down_weight, w.down_bias)
+            norm = w.output_norm_weight, w.output_norm_bias
+            hidden = F.layer_norm(hidden + fed, (a.hidden_size,), *norm, a.eps)
+            result.extend(w[10:14])
+    return [*result, *norm, norm[0]]  # the last LayerNorm feeds no product
 
 
 def _blocks(n: int) -> Iterator[slice]:
