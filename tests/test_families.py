@@ -81,6 +81,20 @@ def test_outputs_and_gradients_equal_transformers(family):
     assert_gradients(ours, exact)
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_padding_in_a_text_gets_no_gradient_as_in_transformers(family):
+    """Families whose positions do not skip padding; in the others a text with that id has other positions."""
+    ours, theirs = _pair(family)
+    exact = theirs.double()
+    features = pack([[7, 0, 8], [9, 0]])
+    hidden, wanted = ours(**features), transformers_states(exact, features)
+    torch.testing.assert_close(hidden.double(), wanted, rtol=0, atol=1e-5)
+    hidden.square().sum().backward()
+    wanted.square().sum().backward()
+    assert_gradients(ours, exact)
+    assert ours.embeddings.word_embeddings.weight.grad[0].abs().max() == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_activations_are_as_exact_as_a_half_model(family, dtype):

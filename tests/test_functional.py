@@ -15,7 +15,7 @@ from tests.tolerance import assert_matches_reference, assert_within_tolerance, v
 from triton_st import ops
 from triton_st.models import attention as attention_module
 from triton_st.models.attention import AttentionPlan, BiasedAttention
-from triton_st.models.functional import dropout, dropout_add_layer_norm, feed_forward, keep_mask, linear
+from triton_st.models.functional import feed_forward, fixed_row, joined, linear
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -25,19 +25,13 @@ def _reference_linear(x, weight, bias):
     return F.linear(x.to(wide), weight.to(wide), bias.to(wide)).to(x.dtype)
 
 
-def _reference_feed_forward(x, w1, b1, w2, b2):
+def _reference_feed_forward(x, w1, b1, w2):
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.linear(F.gelu(F.linear(x.to(wide), w1.to(wide), b1.to(wide))), w2.to(wide), b2.to(wide)).to(x.dtype)
+    return F.linear(F.gelu(F.linear(x.to(wide), w1.to(wide), b1.to(wide))), w2.to(wide)).to(x.dtype)
 
 
-def _reference_add_layer_norm(x, residual, weight, bias):
-    wide = torch.promote_types(residual.dtype, torch.float32)
-    total = x.to(wide) + residual.to(wide)
-    return F.layer_norm(total, weight.shape, weight.to(wide), bias.to(wide), 1e-12).to(residual.dtype)
-
-
-def _add_layer_norm(x, residual, weight, bias):
-    return dropout_add_layer_norm(x, residual, weight, bias, 1e-12)
+def _stored_feed_forward(x, *weights):
+    return feed_forward(x, *weights).to(x.dtype)
 
 
 def _assert_function(function, reference, inputs, dtype):
@@ -70,55 +64,58 @@ def test_linear(dtype, tokens, k, n):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_feed_forward(dtype):
     torch.manual_seed(0)
-    shapes = [(37, 50), (200, 50), (200,), (50, 200), (50,)]
+    shapes = [(37, 50), (200, 50), (200,), (50, 200)]
     x, *parameters = (torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) == 2 else 1) for shape in shapes)
-    inputs = [x.to(dtype), *parameters]
-    _assert_function(feed_forward, _reference_feed_forward, inputs, dtype)
-    with torch.no_grad():  # the path without a backward
-        assert_within_tolerance(
-            feed_forward(*inputs),
-            _reference_feed_forward(*(t.double() for t in inputs)),
-            _reference_feed_forward(*inputs),
-            "inference",
-        )
+    _assert_function(_stored_feed_forward, _reference_feed_forward, [x.to(dtype), *parameters], dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_add_layer_norm(dtype):
+def test_a_half_product_keeps_its_range_until_it_is_added():
+    x = torch.full((2, 8), 60_000.0, dtype=torch.float16)
+    wide = linear(x, torch.ones(3, 8), as_computed=True)
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide, torch.full((2, 3), 480_000.0))
+    assert torch.equal(linear(x, torch.ones(3, 8)), torch.full((2, 3), 65504.0, dtype=torch.float16))
+
+
+def test_fixed_row_gets_no_gradient():
+    table = torch.randn(5, 3, requires_grad=True)
+    ids = torch.tensor([1, 2, 2])
+    (gradient,) = torch.autograd.grad(fixed_row(table, 2, ids).sum(), table)
+    assert torch.equal(gradient, torch.ones(5, 3).index_fill(0, torch.tensor(2), 0))
+    assert fixed_row(table, None, ids) is table
+    assert fixed_row(table, 3, ids) is table  # never looked up
+
+
+def test_joined_parameters_lie_side_by_side():
+    """Once laid out, parameters are joined without a copy, through an optimizer's steps and until they are moved."""
     torch.manual_seed(0)
-    inputs = [torch.randn(9, 50), torch.randn(9, 50).to(dtype), torch.randn(50), torch.randn(50)]
-    _assert_function(_add_layer_norm, _reference_add_layer_norm, inputs, dtype)
+    parts = [torch.nn.Parameter(torch.randn(n, 4)) for n in (3, 3, 2)]
+    values = torch.cat([part.detach().clone() for part in parts])
+    with torch.inference_mode():
+        assert torch.equal(joined(*parts), values)
+    assert all(not part.is_inference() for part in parts)
+    first = joined(*parts)
+    assert first.data_ptr() == parts[0].data_ptr() == joined(*parts).data_ptr()
+    weight = torch.randn(8, 4)
+    (first * weight).sum().backward()
+    assert torch.equal(torch.cat([part.grad for part in parts]), weight)
+    torch.optim.SGD(parts, lr=0.5).step()
+    torch.testing.assert_close(joined(*parts), values - 0.5 * weight, rtol=0, atol=0)
+    assert joined(*parts).data_ptr() == parts[0].data_ptr()
+    parts[1].data = parts[1].data.clone()
+    torch.testing.assert_close(joined(*parts), values - 0.5 * weight, rtol=0, atol=0)
+    assert joined(*parts).data_ptr() == parts[0].data_ptr()
 
 
-def test_gradients_with_dropout_are_those_of_the_drawn_mask():
+def test_biased_attention_has_the_gradients_of_the_drawn_mask():
     torch.manual_seed(0)
     plan = AttentionPlan.build([3, 0, 2], torch.device("cpu"))
     qkv = torch.randn(5, 3, 2, 3, dtype=torch.float64, requires_grad=True)
-    x, residual = torch.randn(2, 5, 8, dtype=torch.float64).unbind()
-    x.requires_grad_()
-    residual.requires_grad_()
-    weight, bias = (torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-
-    seed = torch.tensor(5)
     relative_bias = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    seed = torch.tensor(5)
     assert torch.autograd.gradcheck(
         lambda t, bias: BiasedAttention(plan, bias)(t, 4, 0.3, seed, 8), (qkv, relative_bias)
     )
-    assert torch.autograd.gradcheck(lambda t: dropout(t, 0.3, seed), (x,))
-    assert torch.autograd.gradcheck(
-        lambda *args: dropout_add_layer_norm(*args, 1e-5, 0.3, seed), (x, residual, weight, bias)
-    )
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
-def test_dropout_mask_has_its_rate_and_keeps_the_mean(p):
-    mask, factor = keep_mask((1000, 1001), p, torch.tensor(3), 0, torch.device("cpu"))
-    assert mask.double().mean().item() == pytest.approx(1 - p, abs=0.002)
-    assert mask.double().mean(0).std() < 0.03  # no column is special: every one of a word's 16-bit parts is used
-    if p < 1:
-        assert factor == pytest.approx(1 / (1 - p), rel=1e-4)
-    dropped = dropout(torch.ones(1000, 1001), p, torch.tensor(4))
-    assert dropped.mean().item() == pytest.approx(0.0 if p == 1 else 1.0, abs=0.005)
 
 
 @given(st.lists(st.integers(0, 40), max_size=12))
@@ -168,9 +165,8 @@ def test_a_second_derivative_is_an_error_and_not_zero():
     plan = AttentionPlan.build([2, 3], torch.device("cpu"))
     functions = [
         lambda x: linear(x, square, ones),
-        lambda x: feed_forward(x, square, ones, square, ones),
-        lambda x: dropout(x, 0.5, torch.tensor(0)),
-        lambda x: dropout_add_layer_norm(x, x, ones, ones, 1e-12),
+        lambda x: feed_forward(x, square, ones, square),
+        lambda x: fixed_row(x, 1, torch.tensor([1])),
         lambda x: BiasedAttention(plan, torch.zeros(2, 5))(x.view(5, 1, 2, 3).expand(5, 3, 2, 3), 3),
     ]
     for function in functions:

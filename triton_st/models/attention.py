@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_st.reference.normalize import saturate, widen
+from triton_st.models.functional import store, widen
 from triton_st.reference.philox import dropout_factor, keep_mask
 
 _BUCKET_COST = 8_000
@@ -144,7 +144,7 @@ class _BiasedAttention(torch.autograd.Function):
                 mask = _keep_mask(bucket, tokens, heads, max_seqlen, dropout_p, seed, stream)
                 weights = probabilities * mask
             attended = (_t(v) @ _t(weights)).mul_(dropout_factor(dropout_p))  # [n, H, d, L], smaller than the weights
-            outputs.append(saturate(attended, qkv.dtype).permute(0, 3, 1, 2).reshape(-1, heads * size))
+            outputs.append(store(attended, qkv.dtype).permute(0, 3, 1, 2).reshape(-1, heads * size))
             if keep:
                 saved += [probabilities.to(qkv.dtype), mask]
         out = torch.cat(outputs) if outputs else qkv.new_empty(0, heads * size)

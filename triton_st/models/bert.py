@@ -9,7 +9,8 @@ https://arxiv.org/abs/1907.11692; Conneau et al., "XLM-R", https://arxiv.org/abs
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, cast
 
 from torch import nn
 from transformers import BertConfig, PretrainedConfig, RobertaConfig, XLMRobertaConfig
@@ -102,9 +103,9 @@ class BertModel(PackedEncoder):
         self.pooler = Pooler(self.architecture.hidden_size) if add_pooling_layer else None
         self.initialise()
 
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> Sequence[EncoderLayer]:
         """As `PackedEncoder`."""
-        return self.encoder.layer
+        return cast("Sequence[EncoderLayer]", self.encoder.layer)
 
 
 class RobertaModel(BertModel):

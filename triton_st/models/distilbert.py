@@ -7,7 +7,8 @@ Reference: Sanh et al., "DistilBERT", https://arxiv.org/abs/1910.01108.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, cast
 
 from torch import nn
 from transformers import DistilBertConfig, PretrainedConfig
@@ -95,6 +96,6 @@ class DistilBertModel(PackedEncoder):
         self.transformer = DistilBertTransformer(self.architecture)
         self.initialise()
 
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> Sequence[EncoderLayer]:
         """As `PackedEncoder`."""
-        return self.transformer.layer
+        return cast("Sequence[EncoderLayer]", self.transformer.layer)

@@ -8,7 +8,7 @@ Reference: Vaswani et al., https://arxiv.org/abs/1706.03762; Devlin et al., "BER
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,8 +19,9 @@ from transformers import PretrainedConfig
 
 from triton_st import ops
 from triton_st.models.attention import BiasedAttention
-from triton_st.models.functional import dropout, dropout_add_layer_norm, feed_forward, joined, linear, store, widen
+from triton_st.models.functional import feed_forward, fixed_row, joined, linear
 from triton_st.models.packing import check_packed
+from triton_st.ops.packed_attention import MAX_HEAD_SIZE
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -93,6 +94,11 @@ class Architecture:
             raise ValueError(
                 f"{label('hidden_size')}: expected a multiple of num_attention_heads = "
                 f"{field('num_attention_heads')}, got {field('hidden_size')}"
+            )
+        if field("hidden_size") > MAX_HEAD_SIZE * field("num_attention_heads"):
+            raise ValueError(
+                f"{label('num_attention_heads')}: expected heads of at most {MAX_HEAD_SIZE} elements, "
+                f"got {field('hidden_size') // field('num_attention_heads')}"
             )
         return Architecture(
             hidden_size=field("hidden_size"),
@@ -189,19 +195,32 @@ def encoder_layer(
     w = weights
     qkv_weight = joined(w.query_weight, w.key_weight, w.value_weight)
     qkv_bias = joined(w.query_bias, w.key_bias, w.value_bias)
-    sums = torch.promote_types(hidden.dtype, torch.float32)  # what is about to be added to the residual is never half
     qkv = linear(hidden, qkv_weight, qkv_bias).view(hidden.shape[0], 3, heads, hidden.shape[1] // heads)
     if batch.biased is None:
         attended = ops.packed_attention(qkv, batch.cu_seqlens, batch.max_seqlen, attention_dropout_p, seed, stream)
     else:
         attended = batch.biased(qkv, batch.max_seqlen, attention_dropout_p, seed, stream)
-    attended = linear(attended, w.projection_weight, w.projection_bias, sums)
-    hidden = dropout_add_layer_norm(
-        attended, hidden, w.attention_norm_weight, w.attention_norm_bias, eps, projection_dropout_p, seed, stream + 1
+    hidden = ops.dropout_add_layer_norm(
+        linear(attended, w.projection_weight, as_computed=True),
+        hidden,
+        w.attention_norm_weight,
+        w.attention_norm_bias,
+        eps,
+        x_bias=w.projection_bias,
+        dropout_p=projection_dropout_p,
+        seed=seed,
+        stream=stream + 1,
     )
-    fed = feed_forward(hidden, w.up_weight, w.up_bias, w.down_weight, w.down_bias, sums)
-    return dropout_add_layer_norm(
-        fed, hidden, w.output_norm_weight, w.output_norm_bias, eps, hidden_dropout_p, seed, stream + 2
+    return ops.dropout_add_layer_norm(
+        feed_forward(hidden, w.up_weight, w.up_bias, w.down_weight),
+        hidden,
+        w.output_norm_weight,
+        w.output_norm_bias,
+        eps,
+        x_bias=w.down_bias,
+        dropout_p=hidden_dropout_p,
+        seed=seed,
+        stream=stream + 2,
     )
 
 
@@ -228,16 +247,22 @@ class Embeddings(nn.Module):
         seed: Tensor | None,
     ) -> Tensor:
         """input_ids, token_type_ids [T], cu_seqlens [B + 1] -> [T, D] in `dtype`; summed, normalised in float32."""
-        tokens = input_ids.numel()
-        starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff(), output_size=tokens)
-        positions = torch.arange(tokens, device=input_ids.device) - starts + self.architecture.position_offset
-        embedded = self.word_embeddings(input_ids) + self.position_embeddings(positions)
-        if self.architecture.token_types:
-            types = self.token_type_embeddings
-            embedded = embedded + (types.weight[0] if token_type_ids is None else types(token_type_ids))
-        hidden = self.LayerNorm(widen(embedded))
-        p = 0.0 if seed is None else self.architecture.hidden_dropout_p
-        return store(dropout(hidden, p, seed, 0), dtype)
+        a = self.architecture
+        return ops.embedding_layer_norm(
+            input_ids,
+            cu_seqlens,
+            fixed_row(self.word_embeddings.weight, a.padding_id, input_ids),
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight if a.token_types else None,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            a.eps,
+            token_type_ids=token_type_ids,
+            position_offset=a.position_offset,
+            dropout_p=0.0 if seed is None else a.hidden_dropout_p,
+            seed=seed,
+            dtype=dtype,
+        )
 
 
 class Pooler(nn.Module):
@@ -279,8 +304,8 @@ class PackedEncoder(nn.Module):
         self.embeddings = Embeddings(self.architecture)
         self.pooler = None
 
-    def layers(self) -> nn.ModuleList:
-        """The layers, first to last, each an `EncoderLayer`."""
+    def layers(self) -> Sequence[EncoderLayer]:
+        """The layers, first to last."""
         raise NotImplementedError
 
     def biased_attention(self, cu_seqlens: Tensor, max_seqlen: int) -> BiasedAttention | None:
@@ -387,7 +412,7 @@ class PackedEncoder(nn.Module):
             _check_ids("token_type_ids", token_type_ids, a.token_types, "type_vocab_size")
 
 
-def _run_layer(hidden: Tensor, layer: Any, arguments: tuple[Any, ...]) -> Tensor:
+def _run_layer(hidden: Tensor, layer: EncoderLayer, arguments: tuple[Any, ...]) -> Tensor:
     return encoder_layer(hidden, layer.weights(), *arguments)
 
 

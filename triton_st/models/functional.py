@@ -1,7 +1,7 @@
-"""The dense inner parts of the encoder: products, feed-forward, and dropout + residual + LayerNorm.
+"""The encoder's products: linear layers and the feed-forward block.
 
 One rule serves every precision: parameters are float32 masters, activations are stored in the activation dtype, and
-arithmetic that loses digits (LayerNorm, residual sums, GELU) runs in float32. On CPU:
+sums run in float32. On CPU:
 
 * float32 products go to oneDNN, which is twice as fast as MKL's `F.linear` on AMD processors and as fast on others;
 * float16 products are emulated by both libraries (20 GFLOP/s), so float16 is storage only: the operand is widened,
@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from triton_st import ops
+from triton_st.ops._library import call
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ONEDNN_WEIGHT_GRADIENT_SIZE = 128 * 1024
@@ -43,13 +46,11 @@ def _use_onednn(x: Tensor) -> bool:
     return _ONEDNN and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """x [T, K] times weight [N, K] transposed, plus bias; `activation` is "none" or "gelu" (erf)."""
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias."""
     if _use_onednn(x):
-        algorithm = "none" if activation == "gelu" else ""
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
-    y = F.linear(x, weight, bias)
-    return F.gelu(y) if activation == "gelu" else y
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -70,10 +71,12 @@ def store(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         compute = _compute_dtype(x)
         ctx.save_for_backward(x, weight)
-        return store(_product(x.to(compute), weight.to(compute), bias.to(compute)), out_dtype)
+        ctx.has_bias = bias is not None
+        bias = None if bias is None else bias.to(compute)
+        return store(_product(x.to(compute), weight.to(compute), bias), dtype)
 
     @staticmethod
     @once_differentiable
@@ -82,27 +85,25 @@ class _Linear(torch.autograd.Function):
         compute = _compute_dtype(x)
         grad = grads[0].to(compute)
         grad_x = _product(grad, weight.to(compute).t()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(grad, x.to(compute)).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(0, dtype=weight.dtype)
+        grad_weight = _weight_gradient(grad, x.to(compute)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum(0, dtype=weight.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, as_computed: bool = False) -> Tensor:
     """x @ weight.T + bias with float32 parameters and activations in any dtype.
 
     Args:
         x: activations [T, K], any floating dtype.
         weight: [N, K], float32 (float64 if x is).
         bias: [N], as weight.
-        out_dtype: dtype of the result; x's by default.
+        as_computed: the result in the dtype of the product, which on CPU is float32 for float16: for what is about to
+            be added to something, so that no sum overflows.
 
     Returns:
-        [T, N]. Weight and bias gradients are accumulated in and returned as the parameters' dtype.
+        [T, N] in x's dtype. Weight and bias gradients are accumulated in and returned as the parameters' dtype.
     """
-    return _Linear.apply(x, weight, bias, x.dtype if out_dtype is None else out_dtype)
+    return _Linear.apply(x, weight, bias, _compute_dtype(x) if as_computed else x.dtype)
 
 
 class _Joined(torch.autograd.Function):
@@ -158,173 +159,64 @@ def _are_side_by_side(parts: tuple[Tensor, ...]) -> bool:
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, out_dtype: torch.dtype, keep: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
         compute = _compute_dtype(x)
-        w1c, b1c, w2c, b2c = (p.to(compute) for p in (w1, b1, w2, b2))
-        if not keep:  # nothing to remember: GELU runs as the first product's epilogue
-            return store(_product(_product(x.to(compute), w1c, b1c, "gelu"), w2c, b2c), out_dtype)
-        pre = _product(x.to(compute), w1c, b1c)
-        y = store(_product(F.gelu(pre), w2c, b2c), out_dtype)
-        ctx.save_for_backward(x, store(pre, x.dtype), w1, w2)
-        return y
+        pre = _product(x.to(compute), w1.to(compute))
+        ctx.save_for_backward(x, store(pre, x.dtype), w1, b1, w2)
+        return _product(ops.bias_gelu(pre, b1), w2.to(compute))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, pre, w1, w2 = ctx.saved_tensors
+        x, pre, w1, b1, w2 = ctx.saved_tensors
         compute = _compute_dtype(x)
         grad, pre = grads[0].to(compute), pre.to(compute)
-        grad_w2 = _weight_gradient(grad, F.gelu(pre)).to(w2.dtype)
-        grad_b2 = grad.sum(0, dtype=w2.dtype)
-        grad_pre = torch.ops.aten.gelu_backward(_product(grad, w2.to(compute).t()), pre)
+        grad_w2 = _weight_gradient(grad, ops.bias_gelu(pre, b1)).to(w2.dtype)
+        grad_pre, grad_b1 = call("bias_gelu_backward", _product(grad, w2.to(compute).t()), pre, b1, checked=True)
         grad_w1 = _weight_gradient(grad_pre, x.to(compute)).to(w1.dtype)
-        grad_b1 = grad_pre.sum(0, dtype=w1.dtype)
         grad_x = _product(grad_pre, w1.to(compute).t()).to(x.dtype)
-        return grad_x, grad_w1, grad_b1, grad_w2, grad_b2, None, None
+        return grad_x, grad_w1, grad_b1, grad_w2
 
 
-def feed_forward(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    """gelu(x @ w1.T + b1) @ w2.T + b2 with the exact (erf) GELU.
+def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+    """gelu(x @ w1.T + b1) @ w2.T with the exact (erf) GELU; its last bias is for the caller to add.
 
-    Only x and the pre-activation are kept for backward, in x's dtype; the activation is recomputed.
+    Only x and the first product are kept for backward, in x's dtype; the activation is recomputed.
 
     Args:
         x: activations [T, D], any floating dtype.
-        w1, b1: [I, D], [I]; w2, b2: [D, I], [D]; float32 (float64 if x is).
-        out_dtype: dtype of the result; x's by default.
+        w1, b1: [I, D], [I]; w2: [D, I]; float32 (float64 if x is).
 
     Returns:
-        [T, D].
+        [T, D] in the dtype of the product, which on CPU is float32 for float16, so that no sum overflows.
 
     Reference: Hendrycks & Gimpel, "Gaussian Error Linear Units", https://arxiv.org/abs/1606.08415.
     """
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2))
-    return _FeedForward.apply(x, w1, b1, w2, b2, x.dtype if out_dtype is None else out_dtype, keep)
+    return _FeedForward.apply(x, w1, b1, w2)
 
 
-def keep_mask(
-    shape: tuple[int, ...] | torch.Size,
-    p: float,
-    seed: Tensor | None,
-    stream: int,
-    device: torch.device,
-    offset: int = 0,
-) -> tuple[Tensor, float]:
-    """A dropout mask: True keeps. Returns it with the factor 1 / P(keep) that keeps the mean.
-
-    The mask is a function of `seed` (an int64 scalar), `stream` (which place in the model) and `offset` alone, so that
-    it can be drawn again. 16 random bits decide an element, drawn eight bytes at a time (`bernoulli_` draws one element
-    at a time on one thread and took a third of a training step), so that P(drop) is p to within 2^-17; the factor is
-    exact for it.
-    """
-    if seed is None:
-        raise ValueError("seed: expected an int64 scalar tensor where dropout_p is not 0, got None")
-    dropped = round(p * 65536)
-    if dropped == 65536:
-        return torch.zeros(shape, dtype=torch.bool, device=device), 0.0
-    count = torch.Size(shape).numel()
-    generator = torch.Generator(device).manual_seed(hash((int(seed), stream, offset)) & (2**63 - 1))
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
-    words.random_(-(2**63), None, generator=generator)  # all 64 bits
-    mask = words.view(torch.int16)[:count].view(shape) >= dropped - 32768
-    return mask, 65536 / (65536 - dropped)
-
-
-def dropout(x: Tensor, p: float, seed: Tensor | None = None, stream: int = 0) -> Tensor:
-    """Zero each element with probability p and scale the rest by 1 / (1 - p). Returns x itself for p = 0."""
-    if p == 0.0:
-        return x
-    mask, factor = keep_mask(x.shape, p, seed, stream, x.device)
-    return _Masked.apply(x, mask, factor)
-
-
-class _Masked(torch.autograd.Function):
+class _FixedRow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, factor: float) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.factor = factor
-        return (x * mask).mul_(factor)
+    def forward(ctx: Any, table: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return table.view_as(table)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
-        return (grads[0] * mask).mul_(ctx.factor), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone()  # it may be shared, or one number expanded
+        grad[ctx.row] = 0
+        return grad, None
 
 
-class _AddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        mask: Tensor | None,
-        factor: float,
-        keep: bool,
-    ) -> Tensor:
-        x_wide = widen(x)
-        total = torch.add(residual, x_wide if mask is None else x_wide * mask, alpha=factor)
-        y, mean, rstd = torch.ops.aten.native_layer_norm(total, [total.shape[1]], weight, bias, eps)
-        if keep:
-            if residual.dtype == total.dtype:
-                ctx.save_for_backward(weight, bias, mask, total, mean, rstd)
-            else:  # the normalised sum fits every half type, whatever the sum's range
-                ctx.save_for_backward(weight, bias, mask, ((total - mean) * rstd).to(residual.dtype), None, rstd)
-            ctx.factor = factor
-            ctx.dtypes = x.dtype, residual.dtype
-        return store(y, residual.dtype)
+def fixed_row(table: Tensor, row: int | None, ids: Tensor) -> Tensor:
+    """The table [V, D], whose `row` gets no gradient: `nn.Embedding`'s padding_idx, for operators.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bias, mask, total, mean, rstd = ctx.saved_tensors
-        grad = grads[0].to(rstd.dtype)
-        shape = [total.shape[1]]
-        native = torch.ops.aten.native_layer_norm_backward
-        if mean is not None:
-            grad_total, grad_weight, grad_bias = native(grad, total, shape, mean, rstd, weight, bias, [True] * 3)
-        else:
-            zeros, ones = torch.zeros_like(rstd), torch.ones_like(rstd)
-            normalised = total.to(rstd.dtype)
-            grad_total, grad_weight, grad_bias = native(grad, normalised, shape, zeros, ones, weight, bias, [True] * 3)
-            grad_total = grad_total * rstd
-        grad_x = grad_total
-        if mask is not None:
-            grad_x = (grad_total * mask).mul_(ctx.factor)
-        x_dtype, residual_dtype = ctx.dtypes
-        return grad_x.to(x_dtype), grad_total.to(residual_dtype), grad_weight, grad_bias, None, None, None, None
-
-
-def dropout_add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    stream: int = 0,
-) -> Tensor:
-    """LayerNorm(dropout(x) + residual); the sum and the statistics are float32 and never stored in half.
-
-    Args:
-        x: [T, D], any floating dtype; float32 keeps a product's full range.
-        residual: [T, D]; its dtype is the result's.
-        weight, bias: [D], float32 (float64 if x is).
-        eps: added to the variance, in float32.
-        dropout_p: probability of dropping an element of x.
-        seed, stream: of the random numbers, see `keep_mask`.
-
-    Returns:
-        [T, D] in residual's dtype.
+    The gradient is copied for it, so the table itself is returned where the rows that are looked up, `ids`, are known
+    not to hold `row`: on CPU, where looking costs nothing.
     """
-    mask, factor = keep_mask(x.shape, dropout_p, seed, stream, x.device) if dropout_p > 0.0 else (None, 1.0)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, weight, bias))
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps, mask, factor, keep)
+    if row is None or not table.requires_grad:
+        return table
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((ids == row).any()):
+        return table
+    return _FixedRow.apply(table, row)

@@ -7,7 +7,8 @@ https://arxiv.org/abs/1910.10683, one table for all layers.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +98,9 @@ class MPNetModel(PackedEncoder):
         self.pooler = Pooler(self.architecture.hidden_size) if add_pooling_layer else None
         self.initialise()
 
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> Sequence[EncoderLayer]:
         """As `PackedEncoder`."""
-        return self.encoder.layer
+        return cast("Sequence[EncoderLayer]", self.encoder.layer)
 
     @torch.compiler.disable
     def biased_attention(self, cu_seqlens: Tensor, max_seqlen: int) -> BiasedAttention:
