@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,3 +261,42 @@ def test_a_new_folder_appears_whole(tmp_path):
     assert (target / "a.txt").read_text() == "a"
     shutil.rmtree(target)
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+@pytest.mark.parametrize("has_card", [False, True])
+def test_push_to_hub(monkeypatch, has_card):
+    """Against a hub that only notes what it is asked for."""
+    calls = []
+
+    class Hub:
+        def __init__(self, token):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, **settings):
+            calls.append(("create_repo", repo_id, settings))
+            return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+        def create_branch(self, repo_id, **settings):
+            calls.append(("create_branch", repo_id, settings))
+
+        def file_exists(self, repo_id, name, revision):
+            return has_card
+
+        def upload_folder(self, *, folder_path, **settings):
+            calls.append(("upload", sorted(p.name for p in Path(folder_path).iterdir()), settings))
+            return SimpleNamespace(commit_url="commit", pr_url="pull")
+
+    monkeypatch.setattr("triton_st.sentence_transformer.HfApi", Hub)
+    model = small_model().eval()
+    assert model.push_to_hub("encoder", token="secret", private=True, revision="new") == "commit"
+    token, repository, branch, (_, uploaded, settings) = calls
+    assert token == ("token", "secret")
+    assert repository == ("create_repo", "encoder", {"private": True, "exist_ok": False})
+    assert branch == ("create_branch", "someone/encoder", {"branch": "new", "exist_ok": True})
+    assert ("README.md" in uploaded) != has_card
+    assert {"config.json", "model.safetensors", "modules.json", "tokenizer.json"} <= set(uploaded)
+    assert settings["repo_id"] == "someone/encoder"
+    assert settings["revision"] == "new"
+    assert model.push_to_hub("encoder", create_pr=True, replace_model_card=True) == "pull"
+    assert "README.md" in calls[-1][1]
+    assert calls[-2] == ("create_repo", "encoder", {"private": None, "exist_ok": True})

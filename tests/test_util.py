@@ -119,3 +119,28 @@ def test_a_zero_vector_gets_no_gradient():
     vectors = torch.zeros(1, 4, requires_grad=True)
     util.normalize_embeddings(vectors).sum().backward()
     assert vectors.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(("queries", "corpus", "top_k"), [(1, 1, 1), (7, 50, 3), (5, 4, 10), (0, 4, 2), (3, 0, 2)])
+@pytest.mark.parametrize("chunks", [(100, 65_536), (2, 3)], ids=str)
+@pytest.mark.parametrize("score", ["cos_sim", "dot_score"])
+def test_semantic_search(queries, corpus, top_k, chunks, score):
+    generator = torch.Generator().manual_seed(0)
+    q, c = (torch.randn(n, 12, generator=generator) for n in (queries, corpus))
+    found = util.semantic_search(q, c, *chunks, top_k, getattr(util, score))
+    expected = st_util.semantic_search(q, c, top_k=top_k, score_function=getattr(st_util, score))
+    assert len(found) == queries
+    for mine, theirs in zip(found, expected, strict=True):
+        assert [hit["corpus_id"] for hit in mine] == [hit["corpus_id"] for hit in theirs]
+        assert [hit["score"] for hit in mine] == pytest.approx([hit["score"] for hit in theirs], abs=1e-5)
+
+
+def test_semantic_search_of_one_query_and_bad_sizes():
+    corpus = np.eye(4, dtype=np.float32)
+    [[hit]] = util.semantic_search(corpus[2], corpus, top_k=1)
+    assert hit == {"corpus_id": 2, "score": 1.0}
+    for name in ("query_chunk_size", "corpus_chunk_size", "top_k"):
+        with pytest.raises(ValueError, match=f"{name}: expected a positive int, got 0"):
+            util.semantic_search(corpus, corpus, **{name: 0})
+    with pytest.raises(ValueError, match=r"expected \[M, D\] and \[N, D\] with one D"):
+        util.semantic_search(corpus, corpus[:, :3])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from triton_st import util
 from triton_st.encoding import Encoding, checked_truncate_dim
+from triton_st.engine import checked_dtype
 from triton_st.model_card import SentenceTransformerModelCardData
 from triton_st.models.checkpoint import load_encoder, save_encoder
 from triton_st.models.encoder import PackedEncoder
@@ -41,6 +44,8 @@ class SentenceTransformer(Encoding):
         model_card_data: what the card written by `save_pretrained` is made from.
         similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan"; the saved one by default, else "cosine".
         truncate_dim: keep only the first dimensions of every embedding.
+        dtype: what `encode` computes in on the CPU, see `triton_st.engine.Engine`: "float32", "float16", "bfloat16" or
+            "int8"; also as `model_kwargs={"dtype": …}`. Parameters stay float32.
 
     Attributes:
         encoder: the `PackedEncoder`. tokenizer: a fast tokenizer of transformers.
@@ -76,8 +81,12 @@ class SentenceTransformer(Encoding):
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
+        dtype: str | torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        loading = dict(model_kwargs or {})
+        asked = [value for value in (dtype, loading.get("dtype"), loading.get("torch_dtype")) if value is not None]
+        inference_dtype = checked_dtype(asked[0]) if asked and asked[0] != "auto" else "float32"
         if backend != "torch":
             raise ValueError(f"backend: expected 'torch', got {backend!r}; the kernels are this package's own")
         if not isinstance(model_name_or_path, (str, Path)) or not str(model_name_or_path):
@@ -100,6 +109,7 @@ class SentenceTransformer(Encoding):
         encoder = load_encoder(folder / config.encoder_path, **(config_kwargs or {}))
         tokenizer = load_tokenizer(folder / config.encoder_path, config, **(processor_kwargs or {}))
         self._assemble(encoder, tokenizer, config)
+        self.inference_dtype = inference_dtype
         if model_card_data is not None:
             self.model_card_data = model_card_data
         if not Path(model_name_or_path).is_dir():
@@ -339,6 +349,46 @@ class SentenceTransformer(Encoding):
     def save(self, path: str | Path, model_name: str | None = None, create_model_card: bool = True) -> None:
         """As `save_pretrained`."""
         self.save_pretrained(path, model_name, create_model_card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        exist_ok: bool = False,
+        replace_model_card: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the model, as `save_pretrained` writes it, to a repository on the Hugging Face hub.
+
+        Args:
+            repo_id: the repository, made if it is not there. private: whether a new one is.
+            token: of the hub.
+            commit_message: "Add a SentenceTransformer model" by default.
+            exist_ok: write to a repository that is there already, too.
+            replace_model_card: write the card also over one that the repository has.
+            revision: the branch. create_pr: open a pull request instead of writing to it.
+
+        Returns:
+            The address of the commit, or of the pull request.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=exist_ok or create_pr).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        keep_card = not replace_model_card and api.file_exists(repo_id, "README.md", revision=revision)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, model_name=repo_id, create_model_card=not keep_card)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Add a SentenceTransformer model",
+                create_pr=create_pr,
+                revision=revision,
+            )
+        return commit.pr_url if create_pr else commit.commit_url
 
     def _card(self) -> str:
         card = self.model_card_data

@@ -8,7 +8,7 @@ Reference: https://sbert.net/docs/package_reference/util.html.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -114,3 +114,51 @@ SIMILARITIES = {
     "manhattan": (manhattan_sim, pairwise_manhattan_sim),
 }
 """Similarity name -> (every row with every row, row with row)."""
+
+
+def semantic_search(
+    query_embeddings: Embeddings,
+    corpus_embeddings: Embeddings,
+    query_chunk_size: int = 100,
+    corpus_chunk_size: int = 65_536,
+    top_k: int = 10,
+    score_function: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+) -> list[list[dict[str, int | float]]]:
+    """The `top_k` rows of a corpus that score highest for each query.
+
+    Args:
+        query_embeddings: [Q, D], or [D] for one query. corpus_embeddings: [N, D].
+        query_chunk_size, corpus_chunk_size: how many of each are scored at a time, which bounds the memory.
+        top_k: how many to find; all of a smaller corpus.
+        score_function: [Q, D], [N, D] -> [Q, N].
+
+    Returns:
+        For each query `{"corpus_id": row, "score": score}`, the highest score first.
+
+    Raises:
+        ValueError: shapes do not fit, or a size is not positive.
+
+    Reference: https://sbert.net/docs/package_reference/util.html#sentence_transformers.util.semantic_search.
+    """
+    for name, value in (("query_chunk_size", query_chunk_size), ("corpus_chunk_size", corpus_chunk_size)):
+        if value <= 0:
+            raise ValueError(f"{name}: expected a positive int, got {value!r}")
+    if top_k <= 0:
+        raise ValueError(f"top_k: expected a positive int, got {top_k!r}")
+    queries, corpus = _matrices(query_embeddings, corpus_embeddings)
+    queries = queries.to(corpus.device)
+    found: list[list[dict[str, int | float]]] = []
+    for chunk in queries.split(query_chunk_size):
+        best = chunk.new_empty(len(chunk), 0)
+        rows = torch.empty(len(chunk), 0, dtype=torch.int64, device=corpus.device)
+        for start in range(0, len(corpus), corpus_chunk_size):
+            scores = score_function(chunk, corpus[start : start + corpus_chunk_size])
+            numbers = torch.arange(start, start + scores.shape[1], device=corpus.device).expand_as(scores)
+            candidates = torch.cat([best, scores], 1)
+            best, index = candidates.topk(min(top_k, candidates.shape[1]), dim=1)
+            rows = torch.cat([rows, numbers], 1).gather(1, index)
+        found += [
+            [{"corpus_id": row, "score": score} for row, score in zip(*pair, strict=True)]
+            for pair in zip(rows.tolist(), best.tolist(), strict=True)
+        ]
+    return found
