@@ -14,8 +14,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from triton_st import multi_process, util
+from triton_st.engine import Engine
+from triton_st.engine import problem as engine_problem
+from triton_st.models.encoder import PackedEncoder
 from triton_st.models.packing import Features, pack, to_device
-from triton_st.models.pooling import Pooling
+from triton_st.models.pooling import Normalize, Pooling
 from triton_st.quantization import check_precision, quantize_embeddings, quantized_shape
 
 logger = logging.getLogger(__name__)
@@ -32,8 +35,12 @@ _OUTPUTS = ("sentence_embedding", "token_embeddings", None)
 class Encoding(nn.Module):
     """The part of a `SentenceTransformer` that turns texts into embeddings."""
 
+    encoder: PackedEncoder
     tokenizer: PreTrainedTokenizerBase
     pooling: Pooling
+    head: nn.ModuleList
+    inference_dtype: str = "float32"  # one of `triton_st.engine.DTYPES`
+    _engine: Engine | None = None
     prompts: dict[str, str]
     default_prompt_name: str | None
     max_seq_length: int
@@ -96,7 +103,8 @@ class Encoding(nn.Module):
         """Embed texts.
 
         Texts are sorted by length and cut into batches of `batch_size` * 64 tokens, without padding; results come in
-        the order of the input. There is no dropout, whatever mode the model is in: another thread may train it.
+        the order of the input. There is no dropout, whatever mode the model is in: another thread may train it. On the
+        CPU, in evaluation mode, `triton_st.engine` computes in `inference_dtype`, and batches are its own affair.
 
         Args:
             inputs: a text, or texts in a list, tuple, array, column, generator, … `sentences` is its older name.
@@ -277,9 +285,41 @@ class Encoding(nn.Module):
 
     def _embeddings(self, texts: list[str], prompt: str, tokens: int, dimension: int, bar: tqdm) -> Tensor:
         embeddings = torch.empty(len(texts), dimension, device=self.device)
+        if (engine := self._cpu_engine()) is not None:
+            self._embed_with(engine, texts, prompt, embeddings, bar)
+            return embeddings
         for members, outputs in self._batches(texts, prompt, tokens, bar):
             embeddings[members] = outputs["sentence_embedding"][:, :dimension].float()
         return embeddings
+
+    def _cpu_engine(self) -> Engine | None:
+        """The engine for inference, if it serves the model as it stands; the model itself serves otherwise."""
+        encoder = self.encoder
+        if self.training or encoder.activation_dtype != torch.float32 or engine_problem(encoder) is not None:
+            return None
+        if self._engine is None or self._engine.encoder is not encoder or self._engine.dtype != self.inference_dtype:
+            self._engine = Engine(encoder, self.inference_dtype)
+        return self._engine
+
+    def _embed_with(self, engine: Engine, texts: list[str], prompt: str, out: Tensor, bar: tqdm) -> None:
+        """Embed into out [n, dimension]; texts are tokenized while others are embedded."""
+        unit = len(self.head) == 1 and isinstance(self.head[0], Normalize)
+        direct = unit or len(self.head) == 0
+        pooled = out if direct else torch.empty(len(texts), self.pooling.output_dimension(engine.hidden_size))
+        with torch.inference_mode():
+            engine.embed_texts(
+                texts,
+                lambda some: self._token_ids([prompt + text for text in some] if prompt else some),
+                pooled,
+                pooling=self.pooling.modes,
+                prompt_length=self._prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0,
+                normalize=unit,
+                done=bar.update,
+            )
+            if not direct:
+                for module in self.head:
+                    pooled = module(pooled)
+                out.copy_(pooled[:, : out.shape[1]])
 
     def _features(
         self, texts: list[str], prompt: str, tokens: int, truncate_dim: int | None, bar: tqdm

@@ -79,6 +79,11 @@ class Engine:
         self._state: list[tuple[int, int]] = []
         self._owners: list[tuple[dict[str, Any], str]] = []
 
+    @property
+    def hidden_size(self) -> int:
+        """Dimension of a token's state."""
+        return self.encoder.architecture.hidden_size
+
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are made anew where a copy of the engine is used.
         return {"encoder": self.encoder, "dtype": self.dtype}
