@@ -349,7 +349,7 @@ def _in_place(gradients: Sequence[Tensor], *inputs: Any) -> tuple[Any, ...]:
     """Put the gradients where the forward operator's arguments are."""
     grad_q, grad_d, grad_all, grad_scale, grad_weights = gradients
     of_all = None if inputs[2] is None else grad_all
-    of_weights = None if inputs[6] is None else grad_weights
+    of_weights = grad_weights if grad_weights.numel() else None  # a loss that is no sum takes no notice of weights
     return grad_q, grad_d, of_all, None, None, grad_scale, of_weights, *[None] * 15
 
 
