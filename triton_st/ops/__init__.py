@@ -1,5 +1,6 @@
 """Differentiable operators on embeddings: each a `torch.library` operator served by Triton, C++ or plain PyTorch."""
 
+from triton_st.ops.bert_layer import BertLayerParameters, bert_layer
 from triton_st.ops.bias_gelu import bias_gelu
 from triton_st.ops.cosine_similarity import cosine_similarity
 from triton_st.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -10,6 +11,8 @@ from triton_st.ops.mnrl_loss import mnrl_loss
 from triton_st.ops.packed_attention import packed_attention
 
 __all__ = [
+    "BertLayerParameters",
+    "bert_layer",
     "bias_gelu",
     "cosine_similarity",
     "dropout_add_layer_norm",

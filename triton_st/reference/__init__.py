@@ -5,6 +5,12 @@ the result's dtype once at the end. The forward functions are differentiable by 
 the same gradients written out, for the operators, whose implementations run below autograd.
 """
 
+from triton_st.reference.bert_layer import (
+    BertLayerParameters,
+    bert_layer,
+    bert_layer_backward,
+    bert_layer_forward,
+)
 from triton_st.reference.bias_gelu import bias_gelu, bias_gelu_backward
 from triton_st.reference.cosine_similarity import cosine_similarity, cosine_similarity_backward
 from triton_st.reference.dropout_add_layer_norm import (
@@ -39,6 +45,10 @@ from triton_st.reference.packed_attention import (
 
 __all__ = [
     "EPS",
+    "BertLayerParameters",
+    "bert_layer",
+    "bert_layer_backward",
+    "bert_layer_forward",
     "bias_gelu",
     "bias_gelu_backward",
     "cosine_similarity",
