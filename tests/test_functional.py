@@ -89,14 +89,14 @@ def test_fixed_row_gets_no_gradient():
 def test_joined_parameters_lie_side_by_side():
     """Once laid out, parameters are joined without a copy, through an optimizer's steps and until they are moved."""
     torch.manual_seed(0)
-    parts = [torch.nn.Parameter(torch.randn(n, 4)) for n in (3, 3, 2)]
+    parts = [torch.nn.Parameter(torch.randn(n, 40)) for n in (300, 300, 300)]
     values = torch.cat([part.detach().clone() for part in parts])
     with torch.inference_mode():
         assert torch.equal(joined(*parts), values)
     assert all(not part.is_inference() for part in parts)
     first = joined(*parts)
     assert first.data_ptr() == parts[0].data_ptr() == joined(*parts).data_ptr()
-    weight = torch.randn(8, 4)
+    weight = torch.randn(900, 40)
     (first * weight).sum().backward()
     assert torch.equal(torch.cat([part.grad for part in parts]), weight)
     torch.optim.SGD(parts, lr=0.5).step()

@@ -27,6 +27,9 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 _ONEDNN_WEIGHT_GRADIENT_SIZE = 128 * 1024
 """Weights with more elements get their gradient from oneDNN; below, transposing for it costs more than it saves."""
 
+_SIDE_BY_SIDE_SIZE = 32 * 1024
+"""Fewer elements are copied faster than the place of each part is looked up."""
+
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
 
@@ -119,10 +122,11 @@ class _Joined(torch.autograd.Function):
 
 
 def joined(*parts: Tensor) -> Tensor:
-    """Parameters one below the other, as `torch.cat` gives them, without copying them at every step.
+    """Parameters one below the other, as `torch.cat` gives them, without copying large ones at every step.
 
     The first call lays the parameters' data side by side in one memory, where it stays: an optimizer works on it in
-    place. Moving or loading parameters takes it apart, and the next call lays it anew.
+    place. Moving or loading parameters takes it apart, and the next call lays it anew. Three weights of [384, 384] take
+    12 µs so and 210 µs by copying, with their gradients 490 and 1,340 µs (measured on two cores).
 
     Args:
         parts: [n_i, ...], of one dtype on one device, equal in all dimensions but the first.
@@ -130,7 +134,8 @@ def joined(*parts: Tensor) -> Tensor:
     Returns:
         [sum of n_i, ...]; its gradient reaches the parts as slices of one tensor.
     """
-    if torch.compiler.is_compiling():  # which sees no addresses
+    small = sum(part.numel() for part in parts) < _SIDE_BY_SIDE_SIZE
+    if small or torch.compiler.is_compiling():  # which sees no addresses
         return torch.cat(parts)
     return _Joined.apply(*parts)
 
