@@ -139,6 +139,9 @@ class LayerWeights(NamedTuple):
     output_norm_bias: Tensor
 
 
+_QKV = LayerWeights._fields.index("projection_weight")
+
+
 def weights_of(*modules: nn.Linear | nn.LayerNorm) -> LayerWeights:
     """The parameters of a layer's modules: query, key, value, projection, LayerNorm, up, down, LayerNorm."""
     return LayerWeights(*(parameter for module in modules for parameter in (module.weight, module.bias)))
@@ -175,11 +178,12 @@ def encoder_layer(
 ) -> Tensor:
     """One post-LayerNorm transformer layer over a packed batch.
 
-    Kept for backward are 8 D + I numbers a token in hidden's dtype: what each product multiplies its weight's gradient
-    with (hidden, attention's result, the first LayerNorm's result, the first feed-forward product, I wide, of which
-    GELU is computed again), queries, keys and values (3 D), and what is added to each residual (2 D); beside them a
-    log-sum-exp a head and the statistics of two LayerNorms. Scores and dropout, which would grow with the length, are
-    computed again. Gradient checkpointing keeps hidden alone, D numbers a token, for one more forward of the layer.
+    Without a bias by relative position it is `ops.bert_layer`, which on CPU is one operator. Kept for backward are
+    7 D + I numbers a token in hidden's dtype: hidden, queries, keys and values, attention's result, both sums
+    normalised, and the first feed-forward product, I wide, of which GELU is computed again; beside them a log-sum-exp a
+    head and a number for each LayerNorm. Scores and dropout, which would grow with the length, are computed again (the
+    composed attention with a bias keeps its weights). Gradient checkpointing keeps hidden alone, D numbers a token, for
+    one more forward of the layer.
 
     Args:
         hidden: [T, D] in the activation dtype.
@@ -215,11 +219,22 @@ def encoder_layer(
             seed=seed,
             stream=stream,
         )
-    qkv = linear(hidden, qkv_weight, qkv_bias).view(hidden.shape[0], 3, heads, hidden.shape[1] // heads)
     if batch.biased is None:
-        attended = ops.packed_attention(qkv, batch.cu_seqlens, batch.max_seqlen, attention_dropout_p, seed, stream)
-    else:
-        attended = batch.biased(qkv, batch.max_seqlen, attention_dropout_p, seed, stream)
+        return ops.bert_layer(
+            hidden,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            ops.BertLayerParameters(qkv_weight, qkv_bias, *w[_QKV:]),
+            heads,
+            eps,
+            attention_dropout_p=attention_dropout_p,
+            projection_dropout_p=projection_dropout_p,
+            hidden_dropout_p=hidden_dropout_p,
+            seed=seed,
+            stream=stream,
+        )
+    qkv = linear(hidden, qkv_weight, qkv_bias).view(hidden.shape[0], 3, heads, hidden.shape[1] // heads)
+    attended = batch.biased(qkv, batch.max_seqlen, attention_dropout_p, seed, stream)
     hidden = ops.dropout_add_layer_norm(
         linear(attended, w.projection_weight, as_computed=True),
         hidden,
