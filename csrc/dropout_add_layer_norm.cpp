@@ -6,7 +6,7 @@
 namespace triton_st {
 namespace {
 
-thread_local RowDropout row_dropout;
+thread_local RowDropout thread_dropout;
 thread_local Buffer row_memory;
 
 std::tuple<Tensor, Tensor, Tensor> dropout_add_layer_norm_forward(
@@ -29,6 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> dropout_add_layer_norm_forward(
     parallel(ceil_div(rows, kNormRows), norm_cost(rows, d), [&](int64_t unit) {
       const int64_t first = unit * kNormRows, count = std::min(kNormRows, rows - first);
       float* total = row_memory.reserve(round_up(d, kWidth));
+      RowDropout& row_dropout = thread_dropout;  // looked up once, not for every vector
       row_dropout.draw(dropout, first, count, d);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t row = first + r;
@@ -71,6 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backwa
       float* total = row_memory.reserve(round_up(d, kWidth));
       float *weight_sum = sums.start(unit), *bias_sum = weight_sum + sums.width();
       float* x_bias_sum = x_bias ? bias_sum + sums.width() : nullptr;
+      RowDropout& row_dropout = thread_dropout;  // looked up once, not for every vector
       row_dropout.draw(dropout, first, count, d);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t row = first + r;

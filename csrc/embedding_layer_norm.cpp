@@ -10,7 +10,7 @@
 namespace triton_st {
 namespace {
 
-thread_local RowDropout row_dropout;
+thread_local RowDropout thread_dropout;
 thread_local Buffer row_memory;
 
 // [rows, d] of fp32, or nothing.
@@ -152,6 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_forward(
     parallel(ceil_div(tokens, kNormRows), norm_cost(tokens, d), [&](int64_t unit) {
       const int64_t first = unit * kNormRows, count = std::min(kNormRows, tokens - first);
       float* total = row_memory.reserve(round_up(d, kWidth));
+      RowDropout& row_dropout = thread_dropout;  // looked up once, not for every vector
       row_dropout.draw(dropout, first, count, d);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t t = first + r;
@@ -193,6 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_backward
       const int64_t first = unit * kNormRows, count = std::min(kNormRows, tokens - first);
       float *weight_sum = sums.start(unit), *bias_sum = weight_sum + sums.width();
       float* kept = row_memory.reserve(width);
+      RowDropout& row_dropout = thread_dropout;  // looked up once, not for every vector
       row_dropout.draw(dropout, first, count, d);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t t = first + r;

@@ -10,7 +10,7 @@
 namespace triton_st {
 namespace {
 
-thread_local RowDropout row_dropout;
+thread_local RowDropout thread_dropout;
 thread_local Buffer row_memory;
 
 // Tokens [begin, end) of one sequence.
@@ -59,6 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mean_pool_forward(
       const Piece piece = pieces[unit];
       float *total = row_memory.reserve(width), *sums = piece_sums.get() + unit * width;
       std::fill_n(sums, width, 0.f);
+      RowDropout& row_dropout = thread_dropout;  // looked up once, not for every vector
       row_dropout.draw(dropout, piece.begin, piece.end - piece.begin, d);
       for (int64_t row = piece.begin; row < piece.end; ++row) {
         residual_sum(xs.row(row), x_bias, residuals.row(row), row_dropout, row - piece.begin, d, total);
@@ -133,6 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_mean_pool_backward
       const int64_t first = unit * kNormRows, count = std::min(kNormRows, rows - first);
       float* total = row_memory.reserve(width);
       float *weight_sum = sums.start(unit), *x_bias_sum = x_bias ? weight_sum + sums.width() : nullptr;
+      RowDropout& row_dropout = thread_dropout;  // looked up once, not for every vector
       row_dropout.draw(dropout, first, count, d);
       int64_t s = sequences.first_from(first + 1) - 1;
       for (int64_t r = 0; r < count; ++r) {

@@ -198,6 +198,7 @@ with backend.use("cpp"):
         for d in (1, 7, 50, 64):
             a, b, tokens = cpu(9, d).to(dtype), cpu(18, d).to(dtype), cpu(140, d).to(dtype)
             cu_seqlens = torch.tensor([0, 1, 1, 6, 140])
+            heads, sums = cpu(140, 3, 2, d).to(dtype), (tokens, tokens.flip(0), cpu(d), cpu(1, d)[0])
             mask = torch.rand(4, 35, generator=torch.Generator().manual_seed(d)) > 0.5
             for op, plain, inputs, magnitude in (
                 (ops.packed_mean_pool, reference.packed_mean_pool, (tokens, cu_seqlens), 0),
@@ -205,6 +206,10 @@ with backend.use("cpp"):
                 (ops.cosine_similarity, reference.cosine_similarity, (a, b), 0),
                 (ops.cosine_similarity, reference.cosine_similarity, (a.float().mul(1e30).to(dtype), b), 0),
                 (ops.mnrl_loss, reference.mnrl_loss, (a, b, 5.0), 5.0),
+                (ops.packed_attention, reference.packed_attention, (heads, cu_seqlens, 134, 0.1, torch.tensor(7)), 0),
+                (ops.dropout_add_layer_norm, reference.dropout_add_layer_norm, (*sums, 1e-5), 0),
+                (ops.layer_norm_mean_pool, reference.layer_norm_mean_pool, (*sums, 1e-5, cu_seqlens), 0),
+                (ops.bias_gelu, reference.bias_gelu, (tokens, cpu(d)), 0),
             ):
                 if not inputs[0].isinf().any():
                     assert_matches_reference(op, plain, inputs, magnitude=magnitude)

@@ -13,11 +13,25 @@ from triton_st import ops
 
 CU_SEQLENS = torch.tensor([0, 1, 4])
 MASK = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+IDS = torch.tensor([0, 3, 1, 1])
+ONES = torch.ones(6)
+
+
+def vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale and an offset for the columns of x."""
+    return ONES.to(x.dtype), ONES.to(x.dtype)
+
+
 OPERATORS: dict[str, Callable[[Any], Tensor]] = {
     "masked_mean_pool": lambda x: ops.masked_mean_pool(x.unsqueeze(1).expand(4, 4, 6), MASK),
     "packed_mean_pool": lambda x: ops.packed_mean_pool(x, CU_SEQLENS),
     "cosine_similarity": lambda x: ops.cosine_similarity(x, x.detach().flip(0)),
     "mnrl_loss": lambda x: ops.mnrl_loss(x, x.detach().flip(0)),
+    "packed_attention": lambda x: ops.packed_attention(x.view(4, 3, 1, 2), CU_SEQLENS, 3),
+    "dropout_add_layer_norm": lambda x: ops.dropout_add_layer_norm(x, x, *vectors(x), 1e-5),
+    "layer_norm_mean_pool": lambda x: ops.layer_norm_mean_pool(x, x, *vectors(x), 1e-5, CU_SEQLENS),
+    "embedding_layer_norm": lambda x: ops.embedding_layer_norm(IDS, CU_SEQLENS, x, x, None, *vectors(x), 1e-5),
+    "bias_gelu": lambda x: ops.bias_gelu(x, vectors(x)[0]),
 }
 every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS.keys())
 every_function = pytest.mark.parametrize(
@@ -27,6 +41,11 @@ every_function = pytest.mark.parametrize(
         lambda x: ops.packed_mean_pool(x, CU_SEQLENS),
         lambda x: ops.cosine_similarity(x, x),
         lambda x: ops.mnrl_loss(x, x),
+        lambda x: ops.packed_attention(x, CU_SEQLENS, 3),
+        lambda x: ops.dropout_add_layer_norm(x, x, ONES, ONES, 1e-5),
+        lambda x: ops.layer_norm_mean_pool(x, x, ONES, ONES, 1e-5, CU_SEQLENS),
+        lambda x: ops.embedding_layer_norm(IDS, CU_SEQLENS, x, x, None, ONES, ONES, 1e-5),
+        lambda x: ops.bias_gelu(x, ONES),
     ],
     ids=OPERATORS.keys(),
 )

@@ -215,6 +215,7 @@ QKV = torch.zeros(4, 3, 2, 5)
         ((QKV, torch.tensor([0, 3, 2, 4]), 4), ValueError, "cu_seqlens must not descend"),
         ((QKV, cu_seqlens([5]), 5), ValueError, "cu_seqlens must end at 4, the number of tokens, got 5"),
         ((QKV, cu_seqlens([1, 3]), 2), ValueError, "max_seqlen must be at least 3, the longest sequence.*got 2"),
+        ((QKV, cu_seqlens([4]), 4.0), TypeError, "max_seqlen must be an int, got float"),
         ((QKV, cu_seqlens([4]), 4, 1.5), ValueError, "dropout_p must be a probability, 0 to 1, got 1.5"),
         ((QKV, cu_seqlens([4]), 4, float("nan")), ValueError, "dropout_p must be a probability"),
         ((QKV, cu_seqlens([4]), 4, 0.1), ValueError, "seed must be given where dropout_p is not 0"),

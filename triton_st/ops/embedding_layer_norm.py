@@ -60,6 +60,8 @@ def embedding_layer_norm(
 
     Reference: Devlin et al., "BERT", https://arxiv.org/abs/1810.04805.
     """
+    if dtype is None and isinstance(word, Tensor):
+        dtype = word.dtype
     return call(
         "embedding_layer_norm_forward",
         word,
@@ -75,7 +77,7 @@ def embedding_layer_norm(
         eps,
         dropout_p,
         stream,
-        word.dtype if dtype is None else dtype,
+        dtype,
     )[0]
 
 

@@ -61,6 +61,8 @@ def _check(
         raise ValueError(f"qkv must have heads of 1 to {MAX_HEAD_SIZE} elements, got {qkv.shape[3]}")
     check_cu_seqlens(cu_seqlens)
     require_device("qkv", qkv, cu_seqlens=cu_seqlens)
+    if not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
     check_dropout(dropout_p, seed, qkv.device)
 
 

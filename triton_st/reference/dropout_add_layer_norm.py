@@ -15,8 +15,8 @@ def normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / √(variance + eps) of each row. x [T, D] -> [T], [T]."""
-    variance, mean = x.var(1, correction=0), x.mean(1)
-    return mean, (variance + eps).rsqrt()
+    mean = x.mean(1)
+    return mean, ((x - mean.unsqueeze(1)).square().mean(1) + eps).rsqrt()
 
 
 def layer_norm_backward(
