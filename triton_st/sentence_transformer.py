@@ -388,7 +388,7 @@ class SentenceTransformer(Encoding):
                 create_pr=create_pr,
                 revision=revision,
             )
-        return commit.pr_url if create_pr else commit.commit_url
+        return (commit.pr_url if create_pr else None) or commit.commit_url
 
     def _card(self) -> str:
         card = self.model_card_data
