@@ -187,7 +187,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(triton_st_cpp, m) {
       " Tensor projection_weight, Tensor projection_bias, Tensor norm1_weight, Tensor norm1_bias, Tensor up_weight,"
       " Tensor up_bias, Tensor down_weight, Tensor down_bias, Tensor norm2_weight, Tensor norm2_bias,"
       " SymInt max_seqlen, int heads, float eps, float attention_dropout_p, float projection_dropout_p,"
-      " float hidden_dropout_p, int stream, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " float hidden_dropout_p, int stream, bool keep)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(triton_st_cpp, CPU, m) { m.impl("bert_layer_forward", TORCH_BOX(&bert_layer_forward)); }
