@@ -113,9 +113,9 @@ void run_together(const Model& model, const Batch& batch, const Output& output, 
   Stages stages;
   stages.add(batch.sequences);
   for (const Layer& layer : model.layers) {
-    for (const int64_t units : {panel_units(layer.qkv), batch.sequences * sizes.heads, row_units, panel_units(layer.out),
-                                row_units, panel_units(layer.up), P::kQuantised ? row_units : 0,
-                                panel_units(layer.down), row_units}) {
+    for (const int64_t units :
+         {panel_units(layer.qkv), batch.sequences * sizes.heads, row_units, panel_units(layer.out), row_units,
+          panel_units(layer.up), P::kQuantised ? row_units : 0, panel_units(layer.down), row_units}) {
       stages.add(units);
     }
   }
@@ -178,7 +178,8 @@ void check(const Batch& batch, int64_t tokens) {
   for (int64_t t = 0; t < tokens; ++t) {
     STD_TORCH_CHECK(batch.ids[t] >= 0 && batch.ids[t] < batch.word.rows, "input_ids: ", batch.ids[t],
                     " is outside the vocabulary");
-    STD_TORCH_CHECK(!batch.types || (batch.types[t] >= 0 && batch.token_type && batch.types[t] < batch.token_type->rows),
+    if (!batch.types) continue;
+    STD_TORCH_CHECK(batch.token_type && batch.types[t] >= 0 && batch.types[t] < batch.token_type->rows,
                     "token_type_ids: ", batch.types[t], " is not a type");
   }
 }

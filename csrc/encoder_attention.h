@@ -53,8 +53,8 @@ void pack_queries(const Head<T>& head, int64_t first, float* out) {
   }
 }
 
-// Scores to weights, for `vectors` vectors of queries: scores [keys][kPanel] become exp(score · scale + bias − largest),
-// in fp32 or as pairs of adjacent keys; sums[v] becomes their sum. Key k of query i has bias[i − k].
+// Scores to weights, for `vectors` vectors of queries: scores [keys][kPanel] become exp(score · scale + bias −
+// largest), in fp32 or as pairs of adjacent keys; sums[v] becomes their sum. Key k of query i has bias[i − k].
 template <bool kPaired, bool kBiased>
 void soften(float* scores, int64_t keys, int vectors, float scale, const float* bias, Vec* sums) {
   for (int v = 0; v < vectors; ++v) {
@@ -112,8 +112,8 @@ inline void pair_values(const Head<BFloat16>& head, float* out) {
 }
 #endif
 
-// out[length, size] = softmax(queries · keysᵀ · scale + bias) · values, rows out_stride elements apart. `bias`, or null,
-// points at that of distance 0: query i and key k have bias[i − k].
+// out[length, size] = softmax(queries · keysᵀ · scale + bias) · values, rows out_stride elements apart. `bias`, or
+// null, points at that of distance 0: query i and key k have bias[i − k].
 template <class T>
 void attend(const Head<T>& head, float scale, const float* bias, T* out, int64_t out_stride) {
   constexpr bool kPaired = sizeof(T) == 2;

@@ -40,8 +40,8 @@ struct Sizes {
   int64_t context() const { return round_up(heads * padded_head(), kPanel); }
 };
 
-// A LayerNorm. For int8 the layer that it feeds takes x̂ · spread instead of x̂ · gain + shift, with the rest of the gain
-// folded into the weights and the shift into the bias, so that no feature stretches the range of a token's bytes alone.
+// A LayerNorm. For int8 the layer that it feeds takes x̂ · spread instead of x̂ · gain + shift, with the rest of the
+// gain folded into the weights and the shift into the bias: no feature stretches the range of a token's bytes alone.
 struct Norm {
   const float *gain, *shift, *spread;
 };

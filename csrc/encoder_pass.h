@@ -1,5 +1,5 @@
-// One forward pass over a run of whole sequences in one workspace, cut into stages. A stage's units may run in any order
-// and on any thread once the stage before is done; every unit computes the same bits however stages are cut.
+// One forward pass over a run of whole sequences in one workspace, cut into stages. A stage's units may run in any
+// order and on any thread once the stage before is done; every unit computes the same bits however stages are cut.
 #pragma once
 
 #include <optional>
@@ -182,7 +182,8 @@ class Pass {
     const Activation* queries = qkv_ + row * qkv_stride_ + head * size;
     const Head<Activation> parts{queries,     queries + context_, queries + 2 * context_,
                                  qkv_stride_, size,               batch_.length(sequence)};
-    const float* bias = batch_.position_bias ? batch_.position_bias->row(head) + batch_.position_bias->cols / 2 : nullptr;
+    const float* bias = nullptr;
+    if (batch_.position_bias) bias = batch_.position_bias->row(head) + batch_.position_bias->cols / 2;
     attend(parts, 1.f / std::sqrt(static_cast<float>(model_.sizes.head())), bias,
            attended_ + row * context_stride_ + head * size, context_stride_);
   }
