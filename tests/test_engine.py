@@ -13,7 +13,7 @@ from serving import threads
 from small_model import bert_config, random_batch, small_model
 from test_extension import finish, start
 
-from triton_st import backend
+from triton_st import SentenceTransformer, backend
 from triton_st.engine import DTYPES, Engine
 from triton_st.models import BertModel, DistilBertModel, MPNetModel, RobertaModel, pack
 from triton_st.models.pooling import POOLING_MODES, Pooling
@@ -241,6 +241,42 @@ def test_an_error_while_tokenizing_comes_through() -> None:
         engine.embed_texts(["good"] * 1000 + ["bad"], token_ids, torch.empty(1001, 50))
 
 
+# --- SentenceTransformer ---
+
+
+@every_precision
+def test_encode_is_the_engine_s(dtype: str) -> None:
+    model = small_model(normalize=True).eval()
+    model.inference_dtype = dtype
+    texts = ["the boy plays", "a dog", "", "the small cat sleeps near the old tree with a ball"] * 50
+    with backend.use("reference"):
+        assert model._cpu_engine() is None
+        expected = model.encode(texts, convert_to_tensor=True)
+    actual = model.encode(texts, convert_to_tensor=True)
+    assert model._cpu_engine().dtype == dtype
+    assert torch.cosine_similarity(actual, expected).min() >= CLOSE[dtype]
+    if dtype == "float32":
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert torch.equal(model.encode(texts[1], convert_to_tensor=True), actual[1])
+    assert torch.equal(model.encode(texts, truncate_dim=7, convert_to_tensor=True), actual[:, :7])
+    model.train()
+    assert model._cpu_engine() is None  # another thread may be writing to the parameters
+
+
+def test_all_minilm_in_every_precision(minilm_folder: Path, shared_data: Path) -> None:
+    lines = (shared_data / "stsb_dev.csv").read_text(encoding="utf-8").splitlines()[1:]
+    texts = [line.split(",", 1)[1] for line in lines[:300]]
+    exact = SentenceTransformer(minilm_folder, device="cpu").encode(texts, convert_to_tensor=True)
+    expected = {"float16": (0.99999, 0.9999), "bfloat16": (0.9999, 0.9995), "int8": (0.999, 0.995)}
+    for dtype, (mean, least) in expected.items():
+        model = SentenceTransformer(minilm_folder, device="cpu", model_kwargs={"torch_dtype": dtype})
+        cosine = torch.cosine_similarity(model.encode(texts, convert_to_tensor=True), exact)
+        assert cosine.mean() >= mean, dtype
+        assert cosine.min() >= least, dtype
+    with pytest.raises(ValueError, match="dtype: expected one of float32"):
+        SentenceTransformer(minilm_folder, device="cpu", dtype="int4")
+
+
 # --- bad input ---
 
 
@@ -295,8 +331,9 @@ for dtype in t.DTYPES:
 """
 
 
-@pytest.mark.parametrize("processor", ["x86-64-v4", "x86-64-v3", "x86-64"])
-def test_forms_for_lesser_processors(processor: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_forms_for_lesser_processors(tmp_path: Path) -> None:
     """AVX-512 without bf16 and int8 products, AVX2, and neither."""
-    cache = tmp_path_factory.mktemp("forms")
-    finish(start(PARITY.format(tests=str(Path(__file__).parent)), cache, TRITON_ST_CXXFLAGS=f"-O1 -march={processor}"))
+    code = PARITY.format(tests=str(Path(__file__).parent))
+    processors = ("x86-64-v4", "x86-64-v3", "x86-64")
+    for process in [start(code, tmp_path, TRITON_ST_CXXFLAGS=f"-O1 -march={processor}") for processor in processors]:
+        finish(process)
