@@ -14,7 +14,7 @@ namespace {
 using namespace mnrl;
 
 constexpr int64_t kMostRows = 256;              // of a block,
-constexpr int64_t kScoreBytes = 32 << 20;       // as long as its scores are no more than this;
+constexpr int64_t kScoreBytes = 24 << 20;       // as long as its scores are no more than this;
 constexpr int64_t kFewRows = 128;               // so many even if they are more,
 constexpr int64_t kMostScoreBytes = 160 << 20;  // but not more than this
 
