@@ -25,6 +25,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"matryoshka": True},
 ]
 
+SPLITS = (3, 6)
+"""How many of the seven rows are the first process'."""
+
 
 def _columns(rows: slice) -> list[list[str]]:
     """Three columns of seven texts, two of them the same."""
@@ -51,24 +54,25 @@ def _step(settings: dict[str, Any], rows: slice) -> tuple[float, torch.Tensor]:
     return value.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def _process(rank: int, port: int, split: int, folder: str) -> None:
+def _process(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    rows = slice(0, split) if rank == 0 else slice(split, 7)
-    results = [_step(settings, rows) for settings in SETTINGS]
+    results = []
+    for split in SPLITS:
+        rows = slice(0, split) if rank == 0 else slice(split, 7)
+        results += [_step(settings, rows) for settings in SETTINGS]
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("split", [3, 6])
-def test_two_processes_equal_one_on_the_joined_batch(tmp_path: Path, split: int) -> None:
+def test_two_processes_equal_one_on_the_joined_batch(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_process, (port, split, str(tmp_path)), nprocs=2)
+    mp.spawn(_process, (port, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for settings, *both in zip(SETTINGS, *ranks, strict=True):
+    for settings, *both in zip(SETTINGS * len(SPLITS), *ranks, strict=True):
         value, gradient = _step(settings, slice(None))
         # as DistributedDataParallel averages
         assert sum(x for x, _ in both) / 2 == pytest.approx(value, rel=1e-5), settings

@@ -13,7 +13,7 @@ from serving import DTYPES, every_backend, every_dtype, interpreted, serving, th
 from tolerance import assert_matches_reference
 from torch import Tensor
 
-from triton_st import backend, extension, ops, reference
+from triton_st import backend, ops, reference
 
 SHAPES = [(1, 3, 50), (2, 1, 7), (13, 3, 1), (128, 2, 50), (33, 2, 312), (300, 3, 384), (17, 60, 64), (31, 2, 1024)]
 """(queries, documents per query, width)"""
@@ -187,8 +187,6 @@ def test_a_batch_larger_than_one_tile() -> None:
 
 @every_dtype
 def test_results_do_not_depend_on_threads_or_runs(dtype: torch.dtype) -> None:
-    if not (extension.available() and hasattr(torch.ops.triton_st_cpp, "mnrl_rows")):
-        pytest.skip("no C++ kernel for mnrl_rows")
     for batch, columns, dim in [(700, 13, 24), (128, 2, 50), (100, 3, 384)]:
         inputs = embeddings(batch, columns, dim, dtype, torch.device("cpu"))
         results = []

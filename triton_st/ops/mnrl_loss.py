@@ -284,11 +284,7 @@ _INPUTS = 19
 
 
 def _rows(*arguments: Any) -> Any:
-    try:
-        kernel = backend.kernel("mnrl_rows", arguments[0])
-    except AttributeError:  # this backend has none yet
-        kernel = reference.mnrl_rows
-    return kernel(*arguments)
+    return backend.kernel("mnrl_rows", arguments[0])(*arguments)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
