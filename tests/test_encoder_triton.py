@@ -81,8 +81,8 @@ def keep_kernel(
     tl.store(at, kept.to(tl.int32))
 
 
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
-@pytest.mark.parametrize("dropout_p", [1e-6, 0.1, 0.5, 0.75, 1 - 2**-33])
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 0x123456789ABCDEF])
+@pytest.mark.parametrize("dropout_p", [0.1, 0.75, 1 - 2**-33])
 @pytest.mark.parametrize("first", [0, 2**34])
 def test_dropout_bits_are_the_specified_ones(seed: int, dropout_p: float, first: int, device: torch.device) -> None:
     """Thresholds past 2^31, seeds of all signs, and rows whose groups need the counter's high word."""
@@ -112,7 +112,7 @@ def test_all_is_dropped_where_p_is_one(device: torch.device) -> None:
 @dropouts
 @pytest.mark.parametrize(
     ("heads", "size", "lengths"),
-    [(5, 10, LENGTHS), (2, 32, LENGTHS), (1, 64, [130]), (3, 5, [1]), (1, 128, [33, 31]), (2, 1, [2, 0, 0, 3])],
+    [(5, 10, LENGTHS), (2, 32, [3, 17, 0, 1, 9]), (1, 64, [70]), (3, 5, [1]), (1, 128, [33, 31]), (2, 1, [2, 0, 0, 3])],
     ids=str,
 )
 def test_attention(
@@ -129,7 +129,7 @@ def test_attention(
 @dropouts
 def test_small_tiles_agree(dropout_p: float, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles in both directions, tiles that begin and end within sequences, and with the slots' padding."""
-    lengths = [1, 2, 3, 4, 5, 31, 33, 64, 7]
+    lengths = [1, 2, 3, 4, 5, 17, 33, 7]
     monkeypatch.setattr(attention_module, "_tile", lambda dtype, d, backward=False: Tile(16, 16, 16, 4, 1))
     test_attention(2, 7, lengths, dropout_p, torch.float32, device)
 
@@ -157,11 +157,25 @@ def test_attention_at_extreme_scores(scale: float, device: torch.device) -> None
     assert logsumexp.isfinite().all()
 
 
-def test_a_nan_stays_in_its_row_block(device: torch.device) -> None:
-    qkv, cu_seqlens = randn(100, 3, 1, 16, device=device), cumulative([10, 80, 10], device)
-    qkv[3, 0, 0, 0] = float("nan")  # one query: its own row alone is lost
-    out, _ = kernels.packed_attention_forward(qkv, cu_seqlens, None, 80, 0.0, 0)
-    assert out.isnan().any(1).nonzero().tolist() == [[3]]
+@dropouts
+def test_a_nan_changes_no_bit_of_other_sequences(dropout_p: float, device: torch.device) -> None:
+    """Sequences of one tile: a weight of 0 times NaN would be NaN, forward and in both gradients."""
+    lengths = [10, 9, 20, 1]
+    cu_seqlens, rest = cumulative(lengths, device), torch.ones(40, dtype=torch.bool, device=device)
+    rest[10:19] = False
+    settings = cu_seqlens, seed_tensor(device), 20, dropout_p, 5
+    clean = randn(40, 3, 2, 16, device=device)
+    grad = randn(40, 32, device=device, seed=1)
+    spoiled, spoiled_grad = clean.clone(), grad.clone()
+    spoiled[12:15] = float("nan")
+    spoiled_grad[16] = float("inf")
+    results = []
+    for qkv, g in ((clean, grad), (spoiled, spoiled_grad)):
+        out, logsumexp = kernels.packed_attention_forward(qkv, *settings)
+        results.append((out, kernels.packed_attention_backward(g, qkv, out, logsumexp, *settings)))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual[rest], expected[rest])
+        assert actual[~rest].isnan().flatten(1).any(1).all()
 
 
 def parameters(d: int, device: torch.device) -> list[Tensor]:
