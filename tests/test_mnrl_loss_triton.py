@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import mnrl_traffic
 from triton_st import backend, kernels, reference
 from triton_st.kernels import common
 from triton_st.kernels.common import Tile
@@ -217,6 +218,32 @@ def test_few_queries_fill_many_multiprocessors(dim: int) -> None:
     }
     assert set(programs) == {"_sums_kernel", "_weights_kernel", "_weighted_sum_kernel"}
     assert min(programs.values()) > 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_workspace_is_bounded(dtype: torch.dtype) -> None:
+    """What is allocated beyond the results, with every option: nothing is launched, and memory is not touched."""
+    everything = {
+        "directions": EVERY_DIRECTION, "ids": True, "margin": 0.1, "hardness_mode": 1, "hardness_strength": 5.0,
+        "diagnostics": True,
+    }  # fmt: skip
+    for form in ({}, everything, everything | {"prefixes": (4, 3, 2, 1)}):
+        assert mnrl_traffic.workspace(4096, 8192, 384, dtype, **form) < 64 << 20
+        assert mnrl_traffic.workspace(65536, 131072, 384, dtype, **form) < 256 << 20
+
+
+def test_four_products_and_a_known_cost_of_options() -> None:
+    counted = {
+        name: sum(
+            work for _, work, _ in mnrl_traffic.by_kernel(mnrl_traffic.launches(4096, 8192, 384, **form)).values()
+        )
+        for name, form in mnrl_traffic.FORMS.items()
+    }
+    product = 2 * 4096 * 8192 * 384
+    assert {name: work / product for name, work in counted.items()} == {
+        "plain": 4, "symmetric": 6, "every direction": 12, "four prefixes (D, D/2, D/4, D/8)": 8,
+        "ids, margin, hardness": 4,
+    }  # fmt: skip
 
 
 def test_repeats_bit_for_bit(device: torch.device) -> None:

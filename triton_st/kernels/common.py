@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 TARGET_PROGRAMS = 512
 """Programs that fill a large GPU. Splits follow from shapes alone, so every GPU adds up in the same order."""
 
-_recorded: list[Launch] | None = None
+_recorded: deque[Launch] | None = None
 _vendor: str | None = None
 
 
@@ -36,14 +37,14 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 @contextlib.contextmanager
-def recording(vendor: str) -> Iterator[list[Launch]]:
+def recording(vendor: str, most: int | None = None) -> Iterator[deque[Launch]]:
     """Launch nothing inside the block: list instead what would be launched on a GPU of `vendor` ("cuda", "hip").
 
-    Launchers read no values, so they run on meta tensors here.
+    Launchers read no values, so they run on meta tensors here. The last `most` launches are kept, with their tensors.
     """
     global _recorded, _vendor
     previous = _recorded, _vendor
-    _recorded, _vendor = [], vendor
+    _recorded, _vendor = deque(maxlen=most), vendor
     try:
         yield _recorded
     finally:

@@ -30,6 +30,13 @@ def _extent(extents, row, length, MASKED: tl.constexpr):
     return first, length
 
 
+@triton.jit
+def _chunk(part, parts, length, BLOCK_T: tl.constexpr):
+    """Where part `part` of a sequence of `length` rows begins and ends, in whole blocks but for the sequence's end."""
+    chunk = tl.cdiv(tl.cdiv(length, parts), BLOCK_T) * BLOCK_T
+    return part * chunk, tl.minimum((part + 1) * chunk, length)
+
+
 @triton.jit(do_not_specialize=["rows", "length", "parts"])
 def _sum_kernel(
     hidden,  # [T, D]
@@ -50,13 +57,12 @@ def _sum_kernel(
     part = tl.program_id(1)
     column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     first, length = _extent(extents, row, length, MASKED)
-    chunk = tl.cdiv(tl.cdiv(length, parts), BLOCK_T) * BLOCK_T
-    stop = tl.minimum((part + 1) * chunk, length)
+    begin, stop = _chunk(part, parts, length, BLOCK_T)
     token = tl.arange(0, BLOCK_T)
-    hidden += (first + part * chunk) * D  # the 64-bit part of the address: one number for the tile
+    hidden += (first + begin) * D  # the 64-bit part of the address: one number for the tile
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     count = tl.zeros([BLOCK_T], tl.int32)
-    for start in range(part * chunk, stop, BLOCK_T):
+    for start in range(begin, stop, BLOCK_T):
         kept = token < stop - start
         if MASKED:
             kept = kept & (tl.load(extents + first + start + token, mask=kept, other=0) != 0)
@@ -120,8 +126,7 @@ def _spread_kernel(
     part = tl.program_id(1)
     column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     first, length = _extent(extents, row, length, MASKED)
-    chunk = tl.cdiv(tl.cdiv(length, parts), BLOCK_T) * BLOCK_T
-    stop = tl.minimum((part + 1) * chunk, length)
+    begin, stop = _chunk(part, parts, length, BLOCK_T)
     count = length
     if MASKED:
         kept_tokens = tl.zeros([BLOCK_COUNT], tl.int32)
@@ -133,8 +138,8 @@ def _spread_kernel(
     share = tl.load(grad + row.to(tl.int64) * D + column, mask=column < D, other=0).to(tl.float32)
     share = (share / tl.maximum(count, 1).to(tl.float32)).to(grad_hidden.dtype.element_ty)  # [BLOCK_D]
     token = tl.arange(0, BLOCK_T)
-    grad_hidden += (first + part * chunk) * D
-    for start in range(part * chunk, stop, BLOCK_T):
+    grad_hidden += (first + begin) * D
+    for start in range(begin, stop, BLOCK_T):
         inside = token < stop - start
         tile = tl.broadcast_to(share[None, :], [BLOCK_T, BLOCK_D])
         if MASKED:

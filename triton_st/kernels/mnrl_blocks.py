@@ -29,13 +29,15 @@ def _logits(
     column = first + place
     if OWN_GROUP or HARDNESS == 1 or HARDNESS == 2:
         in_group = (column % period)[None, :] == own[:, None]
-    if HARDNESS == 0:
+    if row_scale is None:
+        logits = similarity
+    elif HARDNESS == 0:
         logits = similarity * row_scale[:, None]
     elif HARDNESS == 3:
         logits = similarity * (row_scale + strength)[:, None]
     else:
-        plain, hard = row_scale[:, None], (row_scale + strength)[:, None]
-        logits = similarity * (tl.where(in_group, plain, hard) if HARDNESS == 1 else tl.where(in_group, hard, plain))
+        added = tl.where(in_group, 0.0, strength) if HARDNESS == 1 else tl.where(in_group, strength, 0.0)
+        logits = similarity * (row_scale[:, None] + added)
     if OWN_GROUP:
         logits = tl.where(in_group, float("-inf"), logits)
     elif OWN_IN_LINE:
@@ -58,7 +60,7 @@ def _logits(
 
 @triton.jit(
     do_not_specialize=[
-        "own_first", "row_first", "column_first", "slot", "period", "left_count", "right_count", "row_count",
+        "own_first", "row_first", "column_first", "slot", "fresh", "period", "left_count", "right_count", "row_count",
         "depth",
     ]
 )  # fmt: skip
@@ -71,12 +73,15 @@ def _sums_kernel(
     tops, totals,  # [slots, B]
     hardest, above,  # [slots, B], or None: no diagnostics
     strength,
-    own_first, row_first, column_first, slot, period,
+    own_first, row_first, column_first, slot, fresh, period,
     left_count, right_count, part_columns, row_count, depth,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     OWN_GROUP: tl.constexpr, HARDNESS: tl.constexpr,
 ):  # fmt: skip
-    """Of one stripe of columns: maximum of the logits, and the sum of their exponentials relative to it."""
+    """Of one stripe of columns: maximum of the logits, and the sum of their exponentials relative to it.
+
+    Unless it is `fresh`, the stripe goes on from what is in its slot.
+    """
     q_start, part = tl.program_id(0) * BLOCK_Q, tl.program_id(1)
     m_start = part * part_columns
     q_left, m_left = left_count - q_start, right_count - m_start
@@ -94,12 +99,17 @@ def _sums_kernel(
     if left_norm is not None:
         q_factor = inverse(left_norm + q_start, BLOCK_Q, q_left)
         right_norm += m_start
-    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
+        if HARDNESS == 0 and bounds is None and hardest is None:  # nothing else needs the similarities
+            q_factor *= row_scale
+            row_scale = None
+    at = (slot + part).to(tl.int64) * row_count + row
+    later = inside & (place >= fresh * BLOCK_Q)  # none of them where it is fresh
+    top = tl.load(tops + at, mask=later, other=float("-inf"))
+    total = tl.load(totals + at, mask=later, other=0)
     if hardest is not None:
         positive = tl.load(positives + row, mask=inside, other=0)
-        most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        reaching = tl.zeros([BLOCK_Q], tl.int32)
+        most = tl.load(hardest + at, mask=later, other=float("-inf"))
+        reaching = tl.load(above + at, mask=later, other=0)
     for start in range(0, tl.minimum(part_columns, m_left), BLOCK_M):
         similarity = dot_rows(
             left, right, q_left, m_left - start, None, None, depth, D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, False
@@ -121,7 +131,6 @@ def _sums_kernel(
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
         top = new_top
         right += BLOCK_M * D
-    at = (slot + part).to(tl.int64) * row_count + row
     tl.store(tops + at, top, mask=inside)
     tl.store(totals + at, total, mask=inside)
     if hardest is not None:
@@ -165,8 +174,7 @@ def _weights_kernel(
     left_twin = None if left_ids is None else tl.load(left_twins + row, mask=inside, other=0)
     positive = tl.load(positives + row, mask=inside, other=0)
     logsumexp = tl.load(logsumexps + row, mask=inside, other=0)
-    coefficient = tl.load(coefficients + row, mask=inside, other=0)
-    factor = coefficient * power_of_two(-exponent_of(largest)) * weight_scale
+    factor = tl.load(coefficients + row, mask=inside, other=0) * power_of_two(-exponent_of(largest)) * weight_scale
     if left_norm is not None:
         q_factor = inverse(left_norm + q_start, BLOCK_Q, q_left)
         factor *= q_factor
@@ -198,6 +206,9 @@ def _weights_kernel(
         tl.store(at, weight.to(weights.dtype.element_ty), mask=mask)
         right += BLOCK_M * D
         weights += BLOCK_M
+    # Loaded once more: kept through the loop, they are registers that exact products do not have.
+    coefficient = tl.load(coefficients + row, mask=inside, other=0)
+    row_scale = tl.load(row_scales + row, mask=inside, other=1)
     at = part.to(tl.int64) * row_count + row
     tl.store(shares + at, tl.load(shares + at, mask=inside, other=0) + share * coefficient, mask=inside)
     slope *= coefficient / row_scale
