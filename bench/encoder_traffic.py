@@ -218,8 +218,8 @@ def page() -> str:
     parts = [
         "# Bytes moved by one encoder layer on a GPU",
         "Written by `python -m bench.encoder_traffic`: counted on meta tensors, nothing is timed. bfloat16, dropout "
-        f"{DROPOUT}, one layer with its four products. An operator or kernel reads each argument and writes each result "
-        " once; what a fused attention reads more than once comes from the cache and is not counted.",
+        f"{DROPOUT}, one layer with its four products. An operator or kernel reads each argument and writes each "
+        "result once; what a fused attention reads more than once comes from the cache and is not counted.",
         "*Padded PyTorch* is eager PyTorch on [texts, longest] tokens; *unpadded PyTorch* the same on the real tokens "
         "only, with variable-length attention, as FlashAttention's unpadding does it. Both are given an attention that "
         "stores no scores and no mask; their other dropouts store one byte for each element. What ours saves in "
