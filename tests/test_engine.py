@@ -193,6 +193,30 @@ def test_changed_parameters_are_packed_again() -> None:
     torch.testing.assert_close(replaced, hidden_states(encoder, batch), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_that_autograd_does_not_see(fused: bool) -> None:
+    encoder, batch = bert(), random_batch()
+    engine = Engine(encoder)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.01, fused=fused)
+    for _ in range(2):
+        before = engine.states(batch["input_ids"], batch["cu_seqlens"])
+        for parameter in encoder.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        after = engine.states(batch["input_ids"], batch["cu_seqlens"])
+        assert not torch.equal(after, before)
+        torch.testing.assert_close(after, hidden_states(encoder, batch), rtol=0, atol=2e-5)
+
+
+def test_writing_through_data_is_seen() -> None:
+    encoder, batch = bert(), random_batch()
+    engine = Engine(encoder)
+    engine.states(batch["input_ids"], batch["cu_seqlens"])
+    encoder.encoder.layer[0].output.dense.weight.data.mul_(1.5)
+    after = engine.states(batch["input_ids"], batch["cu_seqlens"])
+    torch.testing.assert_close(after, hidden_states(encoder, batch), rtol=0, atol=2e-5)
+
+
 def test_copies_pack_for_themselves() -> None:
     batch = random_batch()
     engine = Engine(bert(), "int8")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from triton_st import backend
 from triton_st.models.encoder import LayerWeights, PackedEncoder
@@ -28,6 +29,18 @@ _FIRST_BLOCK, _LARGEST_BLOCK = 128, 2048
 
 _BIAS_MARGIN = 64
 """Distances past the longest sequence that a table of relative biases covers: vectors reach past a sequence's end."""
+
+
+_optimizer_steps = 0
+"""Steps of any optimizer in this process."""
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def checked_dtype(value: Any) -> str:
@@ -76,8 +89,9 @@ class Engine:
         self.dtype = checked_dtype(dtype)
         self._packed: Tensor | None = None
         self._tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
-        self._state: list[tuple[int, int]] = []
+        self._state: list[Any] = []
         self._owners: list[tuple[dict[str, Any], str]] = []
+        self._values: list[memoryview] = []  # of every parameter
 
     @property
     def hidden_size(self) -> int:
@@ -93,10 +107,17 @@ class Engine:
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
-    def _current_state(self) -> list[tuple[int, int]]:
-        """What changes when a parameter is replaced, moved or written to."""
+    def _current_state(self) -> list[Any]:
+        """What changes when a parameter is replaced, moved or written to.
+
+        A version counts what autograd sees. It sees neither a fused optimizer, whose steps are counted apart, nor what
+        is written through `.data`, of which a few numbers of each parameter tell.
+        """
         parameters = [owner[name] for owner, name in self._owners]
-        return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
+        state: list[Any] = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
+        state.append(_optimizer_steps)
+        state += [values[i] for values in self._values for i in (0, len(values) // 2, -1)]
+        return state
 
     def prepare(self) -> None:
         """Pack the weights unless that is done and no parameter has changed since."""
@@ -106,6 +127,8 @@ class Engine:
             raise RuntimeError(f"the CPU engine cannot serve this encoder: {reason}")
         modules = self.encoder.modules()
         self._owners = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
+        parameters = [owner[name] for owner, name in self._owners]
+        self._values = [memoryview(p.detach().contiguous().numpy().reshape(-1)) for p in parameters if p.numel()]
         state = self._current_state()
         a = self.encoder.architecture
         embeddings = self.encoder.embeddings
