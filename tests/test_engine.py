@@ -193,6 +193,36 @@ def test_changed_parameters_are_packed_again() -> None:
     torch.testing.assert_close(replaced, hidden_states(encoder, batch), rtol=0, atol=2e-5)
 
 
+def test_replaced_modules_are_packed_again() -> None:
+    encoder, batch = bert(), random_batch()
+    engine = Engine(encoder)
+    for name in ("embeddings.word_embeddings", "encoder.layer.1.output.dense", "encoder.layer.0"):
+        before = engine.states(batch["input_ids"], batch["cu_seqlens"])
+        owner, _, attribute = name.rpartition(".")
+        other = copy.deepcopy(encoder.get_submodule(name))
+        for parameter in other.parameters():
+            parameter.data.mul_(1.5)
+        setattr(encoder.get_submodule(owner), attribute, other)
+        after = engine.states(batch["input_ids"], batch["cu_seqlens"])
+        assert not torch.equal(after, before), name
+        torch.testing.assert_close(after, hidden_states(encoder, batch), rtol=0, atol=2e-5)
+
+
+def test_a_parametrized_weight_is_packed_again() -> None:
+    encoder, batch = bert(), random_batch()
+    engine = Engine(encoder)
+    before = engine.states(batch["input_ids"], batch["cu_seqlens"])
+    dense = encoder.encoder.layer[0].output.dense
+    torch.nn.utils.parametrizations.weight_norm(dense)
+    unchanged = engine.states(batch["input_ids"], batch["cu_seqlens"])
+    torch.testing.assert_close(unchanged, before, rtol=0, atol=2e-5)
+    with torch.no_grad():
+        dense.parametrizations.weight.original0.mul_(3)
+    after = engine.states(batch["input_ids"], batch["cu_seqlens"])
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, hidden_states(encoder, batch), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_optimizer_that_autograd_does_not_see(fused: bool) -> None:
     encoder, batch = bert(), random_batch()

@@ -147,6 +147,15 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     assert sum(values[-6:]) / 6 < sum(values[:6]) / 6 - 0.3
 
 
+def test_a_trained_model_is_left_ready_to_encode(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    assert not any(module.training for module in run.model.modules())
+    run.model.train()
+    run.train()  # and it may be trained again
+    assert not run.model.training
+
+
 def test_the_same_seed_repeats_bit_for_bit_and_another_does_not(tmp_path: Path) -> None:
     histories, states = [], []
     for seed in (1, 1, 2):

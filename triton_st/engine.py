@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from triton_st import backend
@@ -92,6 +92,7 @@ class Engine:
         self._state: list[Any] = []
         self._owners: list[tuple[dict[str, Any], str]] = []
         self._values: list[memoryview] = []  # of every parameter
+        self._children: list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]] = []
 
     @property
     def hidden_size(self) -> int:
@@ -108,13 +109,17 @@ class Engine:
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def _current_state(self) -> list[Any]:
-        """What changes when a parameter is replaced, moved or written to.
+        """What changes when a module or a parameter is replaced, moved or written to.
 
         A version counts what autograd sees. It sees neither a fused optimizer, whose steps are counted apart, nor what
         is written through `.data`, of which a few numbers of each parameter tell.
         """
-        parameters = [owner[name] for owner, name in self._owners]
-        state: list[Any] = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
+        if any(list(children.values()) != before for children, before in self._children):
+            return []  # the parameters below may be nobody's
+        parameters = [owner.get(name) for owner, name in self._owners]
+        state: list[Any] = [
+            None if p is None else (0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters
+        ]
         state.append(_optimizer_steps)
         state += [values[i] for values in self._values for i in (0, len(values) // 2, -1)]
         return state
@@ -125,7 +130,8 @@ class Engine:
             return
         if reason := problem(self.encoder):
             raise RuntimeError(f"the CPU engine cannot serve this encoder: {reason}")
-        modules = self.encoder.modules()
+        modules = list(self.encoder.modules())
+        self._children = [(m._modules, list(m._modules.values())) for m in modules]
         self._owners = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
         parameters = [owner[name] for owner, name in self._owners]
         self._values = [memoryview(p.detach().contiguous().numpy().reshape(-1)) for p in parameters if p.numel()]

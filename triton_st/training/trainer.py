@@ -145,7 +145,7 @@ class SentenceTransformerTrainer:
                 it had never been stopped: same weights, same history, bit for bit (on the same device and threads).
 
         Returns:
-            `TrainOutput(global_step, training_loss, metrics)`.
+            `TrainOutput(global_step, training_loss, metrics)`. The model is left in evaluation mode, ready to encode.
 
         Raises:
             TrainingDiverged: a weight, the loss or a gradient is not finite, or gradients overflow at every loss scale.
@@ -159,6 +159,7 @@ class SentenceTransformerTrainer:
             started, first_step = time.perf_counter(), self.state.global_step
             with closing(self._progress):
                 self._loop(interrupt)
+            self.model.eval()
             return self._finish(time.perf_counter() - started, self.state.global_step - first_step)
 
     def _loop(self, interrupt: Interrupt) -> None:
