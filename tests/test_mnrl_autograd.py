@@ -239,6 +239,18 @@ IDS = torch.arange(4)
         ({"targets": torch.tensor([0, -1, 2, 3])}, ValueError, "targets must be rows of documents.*got -1"),
         ({"targets": IDS.int()}, TypeError, "targets must be torch.int64, got torch.int32"),
         ({"targets": IDS[:3]}, ValueError, r"targets must have shape \[4\], got \[3\]"),
+        ({"targets": [0, 1, 2, 3]}, TypeError, "targets must be a tensor, got list"),
+        (
+            {"targets": torch.tensor([0, 1, 2, 8]), "query_ids": IDS, "document_ids": torch.arange(8)},
+            ValueError,
+            "targets must be rows of documents, 0 ... 7; got .* 8",
+        ),
+        (
+            {"targets": IDS, "query_ids": IDS[:3], "document_ids": torch.arange(8)},
+            ValueError,
+            r"query_ids must have shape \[4\], got \[3\]",
+        ),
+        ({"query_ids": [0, 1, 2, 3], "document_ids": torch.arange(8)}, TypeError, "query_ids must be a tensor, got li"),
         ({"targets": IDS, "directions": ("query_to_doc", "doc_to_query")}, ValueError, "targets go with directions="),
         (
             {"targets": IDS, "hardness_mode": "hard_negatives", "hardness_strength": 1.0},
@@ -271,3 +283,9 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
     queries, documents, _ = inputs()
     with pytest.raises(error, match=message):
         ops.mnrl_loss(queries, documents, **options)
+
+
+def test_documents_that_are_no_tensor() -> None:
+    queries, documents, _ = inputs()
+    with pytest.raises(TypeError, match="documents must be a tensor, got list"):
+        ops.mnrl_loss(queries, documents.tolist())  # type: ignore[arg-type]

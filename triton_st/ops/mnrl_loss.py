@@ -138,7 +138,7 @@ def mnrl_loss(  # type: ignore[misc]  # `how` stands for the keywords below
     (margin); Kusupati et al., https://arxiv.org/abs/2205.13147 (prefixes); sentence-transformers'
     MultipleNegativesRankingLoss, https://sbert.net/docs/package_reference/sentence_transformer/losses.html
     """
-    require_floating(queries=queries)
+    require_floating(queries=queries, documents=documents)
     if not callable(similarity):
         _require_choice("similarity", similarity, SIMILARITIES)
     _require_choice("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
@@ -152,6 +152,8 @@ def mnrl_loss(  # type: ignore[misc]  # `how` stands for the keywords below
     offset = 0
     if isinstance(targets, int):
         offset, targets = targets, None
+    elif targets is not None:
+        rows.require_vector("targets", targets, len(queries), torch.int64, queries)
     row_weights = None
     if weights is not None:
         rows.require_vector("weights", weights, len(queries), None, queries)
@@ -162,7 +164,7 @@ def mnrl_loss(  # type: ignore[misc]  # `how` stands for the keywords below
         row_weights = queries.new_ones(len(queries), dtype=wide)
     owner_ids = None
     if query_ids is not None or document_ids is not None or all_query_ids is not None:
-        owner_ids = _owner_ids(query_ids, document_ids, all_query_ids, targets, all_queries)
+        owner_ids = _owner_ids(queries, documents, query_ids, document_ids, all_query_ids, targets, all_queries)
     dims = [] if matryoshka_dims is None else list(matryoshka_dims)
     dim_weights = [1.0] * len(dims) if matryoshka_weights is None else [float(x) for x in matryoshka_weights]
     reduce = reduction != "none"
@@ -249,6 +251,8 @@ def _require_choice(name: str, value: Any, choices: Any) -> None:
 
 
 def _owner_ids(
+    queries: Tensor,
+    documents: Tensor,
     query_ids: Tensor | None,
     document_ids: Tensor | None,
     all_query_ids: Tensor | None,
@@ -267,11 +271,14 @@ def _owner_ids(
                 )
             )
         )  # fmt: skip
-    for name, ids in (("query_ids", query_ids), ("document_ids", document_ids), ("all_query_ids", all_query_ids)):
-        if ids is not None and ids.dtype != torch.int64:
-            raise TypeError(f"{name} must be torch.int64, got {ids.dtype}")
+    rows.require_vector("query_ids", query_ids, len(queries), torch.int64, queries)
+    rows.require_vector("document_ids", document_ids, len(documents), torch.int64, queries)
+    if all_queries is not None and all_query_ids is not None:
+        rows.require_vector("all_query_ids", all_query_ids, len(all_queries), torch.int64, queries)
     if targets is not None:
-        return document_ids.scatter_reduce(0, targets, query_ids, "amin", include_self=False)
+        # Targets past the end are the operator's to refuse, for which it reads their values.
+        index = targets.clamp(0, max(len(documents) - 1, 0))
+        return document_ids.scatter_reduce(0, index, query_ids, "amin", include_self=False)
     owners = query_ids if all_query_ids is None else all_query_ids
     return torch.cat([owners, document_ids[len(owners) :]])
 
