@@ -112,7 +112,7 @@ def test_all_is_dropped_where_p_is_one(device: torch.device) -> None:
 @dropouts
 @pytest.mark.parametrize(
     ("heads", "size", "lengths"),
-    [(5, 10, LENGTHS), (2, 32, [3, 17, 0, 1, 9]), (1, 64, [70]), (3, 5, [1]), (1, 128, [33, 31]), (2, 1, [2, 0, 0, 3])],
+    [(2, 10, LENGTHS), (2, 32, [3, 17, 0, 1, 9]), (1, 64, [70]), (3, 5, [1]), (1, 128, [33, 31]), (2, 1, [2, 0, 0, 3])],
     ids=str,
 )
 def test_attention(
@@ -129,9 +129,9 @@ def test_attention(
 @dropouts
 def test_small_tiles_agree(dropout_p: float, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles in both directions, tiles that begin and end within sequences, and with the slots' padding."""
-    lengths = [1, 2, 3, 4, 5, 17, 33, 7]
+    lengths = [1, 2, 3, 4, 17, 21, 7]
     monkeypatch.setattr(attention_module, "_tile", lambda dtype, d, backward=False: Tile(16, 16, 16, 4, 1))
-    test_attention(2, 7, lengths, dropout_p, torch.float32, device)
+    test_attention(1, 7, lengths, dropout_p, torch.float32, device)
 
 
 def test_attention_of_tiny_gradients_in_half(device: torch.device) -> None:
@@ -158,24 +158,22 @@ def test_attention_at_extreme_scores(scale: float, device: torch.device) -> None
 
 
 @dropouts
-def test_a_nan_changes_no_bit_of_other_sequences(dropout_p: float, device: torch.device) -> None:
-    """Sequences of one tile: a weight of 0 times NaN would be NaN, forward and in both gradients."""
+def test_one_sequence_changes_no_bit_of_the_others(dropout_p: float, device: torch.device) -> None:
+    """Sequences of one tile, forward and in all gradients; and a NaN stays one where it came in."""
     lengths = [10, 9, 20, 1]
     cu_seqlens, rest = cumulative(lengths, device), torch.ones(40, dtype=torch.bool, device=device)
     rest[10:19] = False
     settings = cu_seqlens, seed_tensor(device), 20, dropout_p, 5
-    clean = randn(40, 3, 2, 16, device=device)
-    grad = randn(40, 32, device=device, seed=1)
-    spoiled, spoiled_grad = clean.clone(), grad.clone()
-    spoiled[12:15] = float("nan")
-    spoiled_grad[16] = float("inf")
+    clean, grad = randn(40, 3, 2, 16, device=device), randn(40, 32, device=device, seed=1)
     results = []
-    for qkv, g in ((clean, grad), (spoiled, spoiled_grad)):
+    for factor in (1.0, 1e4, float("nan")):
+        qkv, g = (torch.where(rest.view(40, *[1] * (x.dim() - 1)), x, x * factor) for x in (clean, grad))
         out, logsumexp = kernels.packed_attention_forward(qkv, *settings)
         results.append((out, kernels.packed_attention_backward(g, qkv, out, logsumexp, *settings)))
-    for expected, actual in zip(*results, strict=True):
-        assert torch.equal(actual[rest], expected[rest])
-        assert actual[~rest].isnan().flatten(1).any(1).all()
+    for expected, changed, spoiled in zip(*results, strict=True):
+        assert torch.equal(changed[rest], expected[rest])
+        assert not torch.equal(changed[~rest], expected[~rest])
+        assert spoiled[~rest].isnan().all()
 
 
 def parameters(d: int, device: torch.device) -> list[Tensor]:
@@ -183,9 +181,8 @@ def parameters(d: int, device: torch.device) -> list[Tensor]:
 
 
 @half_and_single
-@dropouts
 @pytest.mark.parametrize(("tokens", "d"), [(37, 50), (1, 1), (5, 384), (3, 1030)], ids=str)
-@pytest.mark.parametrize("with_bias", [True, False], ids=["x_bias", "no x_bias"])
+@pytest.mark.parametrize(("with_bias", "dropout_p"), [(True, 0.3), (False, 0.0)], ids=["x_bias", "no x_bias"])
 def test_dropout_add_layer_norm(
     tokens: int, d: int, with_bias: bool, dropout_p: float, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -208,13 +205,11 @@ def test_dropout_add_layer_norm(
 
 
 @half_and_single
-@dropouts
-@pytest.mark.parametrize("normalize", [True, False], ids=["unit", "mean"])
-@pytest.mark.parametrize("d", [50, 384])
+@pytest.mark.parametrize(("normalize", "dropout_p"), [(True, 0.3), (False, 0.0)], ids=["unit", "mean"])
+@pytest.mark.parametrize(("d", "lengths"), [(50, [3, 0, 21, 1]), (384, [3, 0, 6, 1])], ids=str)
 def test_layer_norm_mean_pool(
-    d: int, normalize: bool, dropout_p: float, dtype: torch.dtype, device: torch.device
+    d: int, lengths: list[int], normalize: bool, dropout_p: float, dtype: torch.dtype, device: torch.device
 ) -> None:
-    lengths = [3, 0, 21, 1]
     tokens, cu_seqlens, seed = sum(lengths), cumulative(lengths, device), seed_tensor(device)
     weight, bias, x_bias = parameters(d, device)
     x, residual = (randn(tokens, d, dtype=dtype, device=device, seed=i) for i in (4, 5))
@@ -239,9 +234,8 @@ def test_long_sequences_are_pooled_in_parts(device: torch.device) -> None:
     assert_as_specified("layer_norm_mean_pool", "layer_norm_mean_pool_forward", arguments)
 
 
-@dropouts
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
-@pytest.mark.parametrize("kinds", ["none", "zeros", "given"])
+@half_and_single
+@pytest.mark.parametrize(("kinds", "dropout_p"), [("none", 0.0), ("zeros", 0.3), ("given", 0.3)])
 def test_embedding_layer_norm(kinds: str, dropout_p: float, dtype: torch.dtype, device: torch.device) -> None:
     """A few ids many times, many ids never; a run of equal ids longer than a chunk; positions that nobody reaches."""
     lengths, d, offset = [3, 0, 40, 1, 0, 60], 50, 2
@@ -285,7 +279,8 @@ def test_an_id_outside_its_table_is_nan_and_touches_nothing_else(device: torch.d
 def test_runs_of_equal_keys(count: int, device: torch.device) -> None:
     """Runs that end with a chunk, fill several, and one that needs more carries than are added at a time."""
     rows = torch.arange(3.0 * count, device=device).view(count, 3)
-    for keys in (torch.zeros(count), torch.arange(count) // 32, torch.arange(count) % 5, torch.arange(count) // 50 * 2):
+    place = torch.arange(count)
+    for keys in (torch.zeros(count), place // 32, place % 5, place // 50 * 2)[: 1 if count > 1000 else None]:
         keys = keys.long().to(device)
         results = int(keys.max()) + 1
         expected = torch.zeros(results, 3, device=device).index_add_(0, keys, rows)

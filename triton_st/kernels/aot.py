@@ -74,7 +74,9 @@ PRECISIONS = {
     "tf32": (torch.float32, "high"),
     "fp32": (torch.float32, "highest"),
 }
-STREAMED = {("fp16", 50), ("fp16", 384), ("bf16", 384), ("fp32", 50), ("fp32", 384)}
+WIDTHS = {"fp16": (50, 384, 1024), "bf16": (384,), "tf32": (384,), "fp32": (50, 384)}
+"""Rows of 50 numbers are no multiples of 16 bytes; those of 384 and 1024 are."""
+STREAMED = {("fp16", 50), ("fp16", 384), ("fp32", 384)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +201,14 @@ def jobs(archs: list[Arch], widths: dict[str, tuple[int, ...]]) -> list[Job]:
     return list(found.values())
 
 
+def fullest(todo: list[Job]) -> list[Job]:
+    """Of each kernel and GPU one job, that with the most arguments given; of those, the last (the largest tile)."""
+    found: dict[tuple[str, Arch], Job] = {}
+    for job in sorted(todo, key=lambda j: sum(kind != "constexpr" for _, kind in j.signature)):
+        found[job.kernel, job.arch] = job
+    return list(found.values())
+
+
 def _widest(sass: str, opcodes: str) -> int:
     """Bits moved by the widest of these instructions; one without a width in its name moves 32."""
     suffixes = set(re.findall(rf"\b(?:{opcodes})\b((?:\.\w+)*)", sass))
@@ -289,20 +299,16 @@ def _print_table(reports: list[Report]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print the table; 1 if a rule is broken."""
     parser = argparse.ArgumentParser(prog="python -m triton_st.kernels.aot", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one width, fp16, two GPUs")
+    parser.add_argument("--quick", action="store_true", help="of each kernel one form, fp16, two GPUs")
     parser.add_argument("--arch", nargs="+", choices=[a.name for a in ARCHS], help="only these")
     parser.add_argument("--kernel", nargs="+", help="only these kernels")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("an interpreted kernel cannot be compiled: unset TRITON_INTERPRET")
-    if options.quick:
-        widths: dict[str, tuple[int, ...]] = {"fp16": (384,)}
-        names = options.arch or ["sm_90", "gfx942"]
-    else:
-        widths = {"fp16": (50, 64, 384, 768, 1024), "bf16": (384,), "tf32": (50, 384, 1024), "fp32": (50, 384)}
-        names = options.arch or [a.name for a in ARCHS]
-    todo = jobs([a for a in ARCHS if a.name in names], widths)
+    names = options.arch or (["sm_90", "gfx942"] if options.quick else [a.name for a in ARCHS])
+    archs = [a for a in ARCHS if a.name in names]
+    todo = fullest(jobs(archs, {"fp16": (384,)})) if options.quick else jobs(archs, WIDTHS)
     todo = [j for j in todo if options.kernel is None or j.kernel in options.kernel]
     started = time.perf_counter()
     reports = []

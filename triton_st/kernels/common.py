@@ -31,6 +31,16 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]
 """A launcher and arguments for it, as a module's `examples` gives them to the ahead-of-time check."""
 
 
+EXAMPLE_WIDTH = 384
+"""The width at which the ahead-of-time check compiles small and large products, and every option of the loss."""
+
+
+def example_sizes(d: int) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of products for `examples`: of a small tile and a large one; at other widths a large one."""
+    large = (8192, 16384)
+    return ((128, 384), large) if d == EXAMPLE_WIDTH else (large,)
+
+
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     """A tensor without memory, for `examples`."""
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -82,6 +92,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of `tl.dot`: tf32 only where the user allowed it. Means nothing for half operands."""
     allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if allowed and _has_tf32() else "ieee"
+
+
+def register_limit(num_warps: int, most: int = 255) -> dict[str, int]:
+    """Option of a launch: a thread may take so many registers. Left alone, ptxas at times stops earlier and spills."""
+    return {} if on_hip() else {"maxnreg": min(most, 65536 // (32 * num_warps))}
 
 
 class Tile(NamedTuple):

@@ -232,7 +232,7 @@ def embedding_layer_norm_backward(
         _embedding_grad_kernel, (programs,),
         grad=grad.contiguous(), weight=weight.contiguous(), mean=mean.contiguous(), rstd=rstd.contiguous(),
         **_sources(word, position, token_type, input_ids, cu_seqlens, token_type_ids, position_offset),
-        grad_sum=grad_sum, parts=parts, **dropout_arguments(dropout_p, seed, stream), **tile.constants(d),
+        grad_sum=grad_sum, parts=parts, **dropout_arguments(dropout_p, seed, stream), **tile.gradient_constants(d),
     )  # fmt: skip
     grad_weight, grad_bias, grad_all = (line.clone() for line in sum_parts(parts))
     grad_position = torch.empty_like(position, memory_format=torch.contiguous_format)

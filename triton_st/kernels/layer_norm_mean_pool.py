@@ -222,7 +222,7 @@ def layer_norm_mean_pool_backward(
         rstd=rstd.contiguous(), cu_seqlens=cu_seqlens.contiguous(),
         x_bias=None if x_bias is None else x_bias.contiguous(), grad_x=grad_x, grad_residual=grad_residual, sums=sums,
         **dropout_arguments(dropout_p, seed, stream), batch=batch, parts=parts, NORMALIZE=normalize,
-        **tile.constants(d),
+        **tile.gradient_constants(d),
     )  # fmt: skip
     return grad_x, grad_residual, *parameter_gradients(sums)
 

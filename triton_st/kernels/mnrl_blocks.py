@@ -99,9 +99,6 @@ def _sums_kernel(
     if left_norm is not None:
         q_factor = inverse(left_norm + q_start, BLOCK_Q, q_left)
         right_norm += m_start
-        if HARDNESS == 0 and bounds is None and hardest is None:  # nothing else needs the similarities
-            q_factor *= row_scale
-            row_scale = None
     at = (slot + part).to(tl.int64) * row_count + row
     later = inside & (place >= fresh * BLOCK_Q)  # none of them where it is fresh
     top = tl.load(tops + at, mask=later, other=float("-inf"))

@@ -28,7 +28,18 @@ import torch
 import triton
 from torch import Tensor
 
-from triton_st.kernels.common import Call, Tile, dot_precision, launch, meta, padded_width, product_tile, splits
+from triton_st.kernels.common import (
+    EXAMPLE_WIDTH,
+    Call,
+    Tile,
+    dot_precision,
+    example_sizes,
+    launch,
+    meta,
+    padded_width,
+    product_tile,
+    splits,
+)
 from triton_st.kernels.mnrl_blocks import _sums_kernel, _weights_kernel
 from triton_st.kernels.mnrl_reduce import LOSS_ROWS, _losses_kernel, positives, subtract_gathered
 from triton_st.kernels.products import new_sums, weighted_sum
@@ -55,9 +66,6 @@ SUM_BYTES = 6 << 20
 WEIGHT_EXPONENT = 12
 """The largest weight is stored as 2^12 · [1, 2), times (1, 2] · (1, 2] for the mantissas of two norms: at most 2^15 in
 half, and what is 2^-26 of it still has all 11 bits."""
-
-EXAMPLE_WIDTH = 384
-"""The width at which the ahead-of-time check compiles every option in every precision; at the others in float16."""
 
 
 class _Set:
@@ -360,25 +368,24 @@ def mnrl_rows(
 
 
 def examples(dtype: torch.dtype, d: int) -> Iterator[Call]:
-    """What the ahead-of-time check compiles: the plain form, small and large, and forms with every option."""
+    """What the ahead-of-time check compiles: the plain form, and at one width forms with every option."""
     scale, ids = meta(dtype=torch.float32), meta(8192, dtype=torch.int64)
     plain: tuple[Any, ...]
-    for b, m in ((128, 384), (8192, 16384)):
+    for b, m in example_sizes(d):
         pairs = meta(b, d, dtype=dtype), meta(m, d, dtype=dtype)
         plain = (None, None, 0, scale, None, True, QUERY_TO_DOC, True, 0, 0.0, None, None, None, None, False, [], [])
         yield mnrl_rows, (*pairs, *plain, True, False)
-    usual = d == EXAMPLE_WIDTH
-    if dtype != torch.float16 and not usual:
+    if d != EXAMPLE_WIDTH or dtype == torch.bfloat16:
         return
     queries, documents = meta(8192, d, dtype=dtype), meta(16384, d, dtype=dtype)
     document_ids, weights = meta(16384, dtype=torch.int64), meta(8192, dtype=torch.float32)
     every_direction = QUERY_TO_DOC | QUERY_TO_QUERY | DOC_TO_QUERY | DOC_TO_DOC
-    dims = [25, d] if dtype == torch.float16 and usual else [d]
+    dims = [128, d] if dtype == torch.float16 else [d]
     yield mnrl_rows, (
         queries, documents, queries, None, 0, scale, weights, True, every_direction, True, IN_BATCH_NEGATIVES, 9.0,
         ids, document_ids, document_ids, 0.1, True, dims, [1.0] * len(dims), True, True,
     )  # fmt: skip
-    if usual and dtype == torch.float16:
+    if dtype == torch.float16:
         yield mnrl_rows, (
             queries, documents, None, ids, 0, weights, None, False, QUERY_TO_DOC, True, ALL_NEGATIVES, 9.0,
             None, None, None, None, False, [], [], True, False,

@@ -3,8 +3,8 @@
 A program owns a run of tokens, whatever sequences they belong to, and walks along the keys of those sequences and no
 others; a mask by sequence makes the tile block-diagonal. So short sequences share a tile and long ones waste none.
 
-Weight 0 times NaN is NaN: where a tile's result is not finite, its sequences are done again one by one, in the same
-order, so that what is wrong with one text changes no bit of its neighbours in the batch.
+Weight 0 times NaN is NaN: what is not finite in one sequence can make those that share its tile NaN too, which the
+C++ kernels keep apart. Doing such tiles again sequence by sequence costs up to a hundred spilled registers.
 
 Dropout draws four neighbouring keys with one call of Philox. For that keys are laid out in slots: each sequence begins
 at a slot that is a multiple of 4. Within a tile, keys are permuted (softmax does not mind) so that the four words stand
@@ -71,16 +71,16 @@ def _places_kernel(
 
 
 @triton.jit
-def _keys(slot_sequences, slot_tokens, first, low, high, BLOCK: tl.constexpr):
-    """Tokens and sequences of a tile's slots from `low` to `high`, -1 and -2 elsewhere; permuted for dropout."""
+def _keys(slot_sequences, slot_tokens, first, end, BLOCK: tl.constexpr):
+    """Tokens and sequences of a tile's slots before `end`, -1 and -2 past it; permuted for dropout."""
     column = tl.arange(0, BLOCK)
     if slot_tokens is None:
         slot = first + column
-        inside = (slot >= low) & (slot < high)
+        inside = slot < end
         token = tl.where(inside, slot, -1)
     else:
         slot = first + column % (BLOCK // 4) * 4 + column // (BLOCK // 4)
-        inside = (slot >= low) & (slot < high)
+        inside = slot < end
         token = tl.load(slot_tokens + slot, mask=inside, other=-1)
         inside = token >= 0
     return token, tl.load(slot_sequences + slot, mask=inside, other=-2)
@@ -126,12 +126,6 @@ def _kept_transposed(
 
 
 @triton.jit
-def _not_finite(x):
-    """Whether any number of a tile is inf or NaN."""
-    return tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1), 0) > 0
-
-
-@triton.jit
 def _query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups):
     """Number of the group of four weights that a query would have at slot 0. [queries], int64."""
     first = _first_slot(cu_seqlens, tl.where(inside, sequence, 0), True)
@@ -163,42 +157,31 @@ def _attention_kernel(
         row_group = _query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups)
     begin = _first_slot(cu_seqlens, first_sequence, slot_tokens is not None)
     end = _first_slot(cu_seqlens, last_sequence + 1, slot_tokens is not None)
-    only = first_sequence - 1
-    going = True
-    while going:
-        together = only < first_sequence
-        low = _first_slot(cu_seqlens, tl.maximum(only, first_sequence), slot_tokens is not None)
-        high = _first_slot(cu_seqlens, tl.where(together, last_sequence, only) + 1, slot_tokens is not None)
-        top = tl.full([BLOCK_OWNED], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_OWNED], tl.float32)
-        acc = tl.zeros([BLOCK_OWNED, BLOCK_D], tl.float32)
-        for start in range(begin, end, BLOCK_PASSED):
-            key, key_sequence = _keys(slot_sequences, slot_tokens, start, low, high, BLOCK_PASSED)
-            k = _load(qkv + H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
-            scores = tl.where(sequence[:, None] == key_sequence[None, :], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.exp2(scores - shift[:, None])
-            rescale = tl.exp2(top - shift)
-            total = total * rescale + tl.sum(p, 1)
-            top = new_top
-            if seed is not None:
-                kept = _kept(seed_value, stream, threshold, row_group, start, BLOCK_OWNED, BLOCK_PASSED)
-                p = tl.where(kept, p, 0.0)
-            v = _load(qkv + 2 * H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
-            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-        mine = inside & (sequence == tl.where(together, sequence, only))
-        total = tl.where(inside, total, 1.0)
-        normaliser = 1.0 / total
+    top = tl.full([BLOCK_OWNED], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_OWNED], tl.float32)
+    acc = tl.zeros([BLOCK_OWNED, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_PASSED):
+        key, key_sequence = _keys(slot_sequences, slot_tokens, start, end, BLOCK_PASSED)
+        k = _load(qkv + H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
+        scores = tl.where(sequence[:, None] == key_sequence[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(scores - shift[:, None])
+        rescale = tl.exp2(top - shift)
+        total = total * rescale + tl.sum(p, 1)
+        top = new_top
         if seed is not None:
-            normaliser *= factor
-        _store(
-            out + head * D, token, mine, saturate(acc * normaliser[:, None], out.dtype.element_ty), H * D, D, BLOCK_D
-        )
-        tl.store(logsumexp + head.to(tl.int64) * tokens + token, (top + tl.log2(total)) * _LN_2, mask=mine)
-        only += 1
-        going = (only <= last_sequence) & ((together == 0) | ((first_sequence < last_sequence) & _not_finite(acc)))
+            kept = _kept(seed_value, stream, threshold, row_group, start, BLOCK_OWNED, BLOCK_PASSED)
+            p = tl.where(kept, p, 0.0)
+        v = _load(qkv + 2 * H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    total = tl.where(inside, total, 1.0)
+    normaliser = 1.0 / total
+    if seed is not None:
+        normaliser *= factor
+    _store(out + head * D, token, inside, saturate(acc * normaliser[:, None], out.dtype.element_ty), H * D, D, BLOCK_D)
+    tl.store(logsumexp + head.to(tl.int64) * tokens + token, (top + tl.log2(total)) * _LN_2, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "row_groups", "threshold", "stream"])
@@ -238,37 +221,21 @@ def _query_grad_kernel(
         row_group = _query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups)
     begin = _first_slot(cu_seqlens, first_sequence, slot_tokens is not None)
     end = _first_slot(cu_seqlens, last_sequence + 1, slot_tokens is not None)
-    only = first_sequence - 1
-    going = True
-    while going:
-        together = only < first_sequence
-        low = _first_slot(cu_seqlens, tl.maximum(only, first_sequence), slot_tokens is not None)
-        high = _first_slot(cu_seqlens, tl.where(together, last_sequence, only) + 1, slot_tokens is not None)
-        acc = tl.zeros([BLOCK_OWNED, BLOCK_D], tl.float32)
-        for start in range(begin, end, BLOCK_PASSED):
-            key, key_sequence = _keys(slot_sequences, slot_tokens, start, low, high, BLOCK_PASSED)
-            k = _load(qkv + H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
-            p = tl.exp2(scores - row_logsumexp[:, None])
-            p = tl.where(sequence[:, None] == key_sequence[None, :], p, 0.0)
-            v = _load(qkv + 2 * H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
-            grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-            if seed is not None:
-                kept = _kept(seed_value, stream, threshold, row_group, start, BLOCK_OWNED, BLOCK_PASSED)
-                grad_p = tl.where(kept, grad_p * factor, 0.0)
-            grad_scores = p * (grad_p - row_delta[:, None]) * power[:, None]
-            acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
-        _store(
-            grad_qkv + head * D,
-            token,
-            inside & (sequence == tl.where(together, sequence, only)),
-            acc * (scale / power)[:, None],
-            3 * H * D,
-            D,
-            BLOCK_D,
-        )
-        only += 1
-        going = (only <= last_sequence) & ((together == 0) | ((first_sequence < last_sequence) & _not_finite(acc)))
+    acc = tl.zeros([BLOCK_OWNED, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_PASSED):
+        key, key_sequence = _keys(slot_sequences, slot_tokens, start, end, BLOCK_PASSED)
+        k = _load(qkv + H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
+        p = tl.exp2(scores - row_logsumexp[:, None])
+        p = tl.where(sequence[:, None] == key_sequence[None, :], p, 0.0)
+        v = _load(qkv + 2 * H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
+        grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        if seed is not None:
+            kept = _kept(seed_value, stream, threshold, row_group, start, BLOCK_OWNED, BLOCK_PASSED)
+            grad_p = tl.where(kept, grad_p * factor, 0.0)
+        grad_scores = p * (grad_p - row_delta[:, None]) * power[:, None]
+        acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
+    _store(grad_qkv + head * D, token, inside, acc * (scale / power)[:, None], 3 * H * D, D, BLOCK_D)
 
 
 @triton.jit
@@ -293,7 +260,7 @@ def _key_grad_kernel(
 ):  # fmt: skip
     head = tl.program_id(1)
     first = tl.program_id(0) * BLOCK_OWNED
-    key, key_sequence = _keys(slot_sequences, slot_tokens, first, first, slots, BLOCK_OWNED)
+    key, key_sequence = _keys(slot_sequences, slot_tokens, first, slots, BLOCK_OWNED)
     first_sequence = tl.load(slot_sequences + first)
     last_sequence = tl.load(slot_sequences + tl.minimum(first + BLOCK_OWNED, slots) - 1)
     qkv += head * D
@@ -310,44 +277,32 @@ def _key_grad_kernel(
     grad_qkv += head * D
     begin = tl.load(cu_seqlens + first_sequence).to(tl.int32)
     end = tl.load(cu_seqlens + last_sequence + 1).to(tl.int32)
-    only = first_sequence - 1
-    going = True
-    while going:
-        together = only < first_sequence
-        low = tl.load(cu_seqlens + tl.maximum(only, first_sequence)).to(tl.int32)
-        high = tl.load(cu_seqlens + tl.where(together, last_sequence, only) + 1).to(tl.int32)
-        grad_k = tl.zeros([BLOCK_OWNED, BLOCK_D], tl.float32)
-        grad_v = tl.zeros([BLOCK_OWNED, BLOCK_D], tl.float32)
-        for start in range(begin, end, BLOCK_PASSED):
-            token = start + tl.arange(0, BLOCK_PASSED)
-            inside = (token >= low) & (token < high)
-            sequence = tl.load(sequences + token, mask=inside, other=-1)
-            q = _load(qkv, token, inside, 3 * H * D, D, BLOCK_D)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (
-                scale * _LOG2_E
-            )  # [BLOCK_OWNED, BLOCK_PASSED]
-            p = tl.exp2(scores - (tl.load(logsumexp + token, mask=inside, other=0) * _LOG2_E)[None, :])
-            p = tl.where(key_sequence[:, None] == sequence[None, :], p, 0.0)
-            grad_out = _load(grad, token, inside, H * D, D, BLOCK_D)
-            grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-            dropped = p
-            if seed is not None:
-                row_group = _query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups)
-                kept = _kept_transposed(seed_value, stream, threshold, row_group, first, BLOCK_PASSED, BLOCK_OWNED)
-                grad_p = tl.where(kept, grad_p * factor, 0.0)
-                dropped = tl.where(kept, p, 0.0)
-            grad_v = tl.dot(dropped.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
-            row_delta = tl.load(delta + token, mask=inside, other=0)
-            grad_scores = p * (grad_p - row_delta[None, :]) * power
-            grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    grad_k = tl.zeros([BLOCK_OWNED, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_OWNED, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_PASSED):
+        token = start + tl.arange(0, BLOCK_PASSED)
+        inside = token < end
+        sequence = tl.load(sequences + token, mask=inside, other=-1)
+        q = _load(qkv, token, inside, 3 * H * D, D, BLOCK_D)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * _LOG2_E)  # [BLOCK_OWNED, BLOCK_PASSED]
+        p = tl.exp2(scores - (tl.load(logsumexp + token, mask=inside, other=0) * _LOG2_E)[None, :])
+        p = tl.where(key_sequence[:, None] == sequence[None, :], p, 0.0)
+        grad_out = _load(grad, token, inside, H * D, D, BLOCK_D)
+        grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        dropped = p
         if seed is not None:
-            grad_v *= factor
-        mine = (key >= 0) & (key_sequence == tl.where(together, key_sequence, only))
-        _store(grad_qkv + H * D, key, mine, grad_k * (scale / power), 3 * H * D, D, BLOCK_D)
-        _store(grad_qkv + 2 * H * D, key, mine, grad_v, 3 * H * D, D, BLOCK_D)
-        only += 1
-        lost = _not_finite(grad_k) | _not_finite(grad_v)
-        going = (only <= last_sequence) & ((together == 0) | ((first_sequence < last_sequence) & lost))
+            row_group = _query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups)
+            kept = _kept_transposed(seed_value, stream, threshold, row_group, first, BLOCK_PASSED, BLOCK_OWNED)
+            grad_p = tl.where(kept, grad_p * factor, 0.0)
+            dropped = tl.where(kept, p, 0.0)
+        grad_v = tl.dot(dropped.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
+        row_delta = tl.load(delta + token, mask=inside, other=0)
+        grad_scores = p * (grad_p - row_delta[None, :]) * power
+        grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    if seed is not None:
+        grad_v *= factor
+    _store(grad_qkv + H * D, key, key >= 0, grad_k * (scale / power), 3 * H * D, D, BLOCK_D)
+    _store(grad_qkv + 2 * H * D, key, key >= 0, grad_v, 3 * H * D, D, BLOCK_D)
 
 
 class Places(NamedTuple):
@@ -449,15 +404,13 @@ PROMISES = {
 
 
 def examples(dtype: torch.dtype, d: int) -> Iterator[Call]:
-    """What the ahead-of-time check compiles: heads of 10, 32 and 64 elements, one model width for each."""
-    size = {50: 10, 384: 32, 768: 64, 1024: 64 if dtype == torch.float32 else None}.get(d)
-    if size is None:
-        return
-    heads, tokens, batch = d // size, 9000, 384
-    qkv = meta(tokens, 3, heads, size, dtype=dtype)
+    """What the ahead-of-time check compiles: heads of 10, 32 and 64 elements."""
+    tokens, batch = 9000, 384
     cu_seqlens, seed = meta(batch + 1, dtype=torch.int32), meta(dtype=torch.int64)
-    grad, logsumexp = meta(tokens, d, dtype=dtype), meta(heads, tokens, dtype=torch.float32)
-    for dropout_p in (0.0, 0.1):
-        yield packed_attention_forward, (qkv, cu_seqlens, seed, 512, dropout_p, 8)
-        if dropout_p > 0 or size == 32:
-            yield packed_attention_backward, (grad, qkv, grad, logsumexp, cu_seqlens, seed, 512, dropout_p, 8)
+    for size in {50: (10,), 384: (32, 64)}.get(d, ()):
+        heads = d // size
+        qkv, grad = meta(tokens, 3, heads, size, dtype=dtype), meta(tokens, d, dtype=dtype)
+        logsumexp = meta(heads, tokens, dtype=torch.float32)
+        for dropout_p in (0.0, 0.1):
+            yield packed_attention_forward, (qkv, cu_seqlens, seed, 512, dropout_p, 8)
+        yield packed_attention_backward, (grad, qkv, grad, logsumexp, cu_seqlens, seed, 512, 0.1, 8)

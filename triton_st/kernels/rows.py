@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_st.kernels.common import launch, padded_width
+from triton_st.kernels.common import launch, padded_width, register_limit
 from triton_st.reference import EPS
 
 BLOCK_COLUMNS = 128
@@ -374,6 +374,7 @@ def project(
         pair_first=pair_first, pairs=pairs, share_parts=share_parts, share_stride=share_stride,
         accumulate=int(accumulate), STRIDE=x.rows.stride(0), OUT_STRIDE=out.stride(0), D=d, WIDTH=sums.shape[2],
         BLOCK_R=PROJECT_ROWS, BLOCK_D=block_of(d)[1], OVER_NORM=over_norm, num_warps=4,
+        **register_limit(4),
     )  # fmt: skip
 
 
