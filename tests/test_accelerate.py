@@ -187,3 +187,47 @@ def test_the_kill_switch(small, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == ["False", "False", "reference"]
+
+
+def test_a_model_that_trains_after_it_encoded_drops_out(tmp_path):
+    small_model(hidden_dropout_prob=0.5).eval().save_pretrained(tmp_path)
+    model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    triton_st.accelerate(model)
+    expected = model.encode(WORDS)
+    model.train()
+    features = model.tokenize(WORDS)
+    first, second = (model(dict(features))["sentence_embedding"] for _ in range(2))
+    assert not torch.equal(first, second)
+    np.testing.assert_array_equal(model.encode(WORDS), expected)
+    assert not model.training
+    torch.testing.assert_close(
+        model(dict(features))["sentence_embedding"].detach().numpy(), expected, rtol=0, atol=1e-5
+    )
+
+
+def test_what_can_no_longer_be_served_runs_as_it_did(small, caplog):
+    plain = copy.deepcopy(small)
+    handle = triton_st.accelerate(small)
+    expected = small.encode(WORDS)
+    small.double()
+    np.testing.assert_array_equal(small.encode(WORDS), plain.double().encode(WORDS))
+    assert "no longer all torch.float32" in caplog.text
+    features = small.tokenize(WORDS)
+    actual = small(dict(features))["sentence_embedding"]
+    assert torch.equal(actual, plain(dict(features))["sentence_embedding"])
+    small.float()
+    np.testing.assert_array_equal(small.encode(WORDS), expected)
+    assert handle.active
+
+
+def test_training_follows_a_replaced_parameter(small):
+    plain = copy.deepcopy(small)
+    triton_st.accelerate(small)
+    features = small.tokenize(WORDS)
+    for model in (small, plain):
+        model(dict(features))
+        model[0].model.embeddings.LayerNorm.bias = torch.nn.Parameter(torch.ones(50))
+    actual, expected = (model(dict(features))["sentence_embedding"] for model in (small, plain))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    actual.sum().backward()
+    assert small[0].model.embeddings.LayerNorm.bias.grad is not None

@@ -69,7 +69,7 @@ class Accelerated:
         if shared is not None:
             model.__dict__[_HANDLE] = self
             model.__dict__["encode"] = functools.partial(_encode, model, shared)
-            self._transformer.__dict__["forward"] = functools.partial(_forward, self._transformer, shared)
+            self._transformer.__dict__["forward"] = functools.partial(_forward, model, self._transformer, shared)
 
     def restore(self) -> None:
         """Give the model its own methods back; it then computes what it always did, bit for bit."""
@@ -118,13 +118,25 @@ class _Shared(SentenceTransformer):
             *(p for module in head for p in module.parameters()),
         ]
 
-    def follow(self, model: Any) -> None:
-        """Take over what has changed in the model since the last call: settings, or whole parameters."""
+    def follow(self, model: Any) -> bool:
+        """Take over what has changed in the model since the last call: settings, or whole parameters.
+
+        Returns:
+            Whether the model can still be served: not in half precision, nor with adapters, for example.
+        """
         source = model[0].model
         now = [*source.parameters(), *(p for module in list(model)[2:] for p in module.parameters())]
         before = self.__dict__["_parameters_shared"]
-        if len(now) != len(before) or any(p is not q for p, q in zip(now, before, strict=True)):
-            self._share(model)
+        try:
+            if any(p.dtype != torch.float32 for p in now):
+                raise _NotServedError("its parameters are no longer all torch.float32")
+            if len(now) != len(before) or any(p is not q for p, q in zip(now, before, strict=True)):
+                self._share(model)
+        except _NotServedError as error:
+            if not self.__dict__.get("_warned"):
+                logger.warning("this model runs as sentence-transformers has it for now: %s", error)
+                self.__dict__["_warned"] = True
+            return False
         self.prompts = dict(model.prompts)
         self.default_prompt_name = model.default_prompt_name
         self.truncate_dim = model.truncate_dim
@@ -133,6 +145,7 @@ class _Shared(SentenceTransformer):
         if self.max_seq_length != model.max_seq_length:
             self.max_seq_length = model.max_seq_length
         self.train(model.training)
+        return True
 
 
 def _sharing_encoder(source: nn.Module) -> PackedEncoder:
@@ -173,16 +186,21 @@ def _sharing_head(module: Any) -> Dense | Normalize:
 
 def _encode(model: Any, shared: _Shared, *args: Any, **kwargs: Any) -> Any:
     """`encode` of an accelerated model."""
-    shared.follow(model)
+    model.eval()  # as sentence-transformers' own does
+    if not shared.follow(model):
+        return type(model).encode(model, *args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name != "processing_kwargs" or value is not None}
     return Encoding.encode(shared, *args, **kwargs)
 
 
-def _forward(transformer: Any, shared: _Shared, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+def _forward(model: Any, transformer: Any, shared: _Shared, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """`forward` of an accelerated model's Transformer module: padded features in, padded token states out."""
     mask = features.get("attention_mask")
     if mask is None or "input_ids" not in features or kwargs.keys() - {"task"} or not _padded_right(mask):
         return type(transformer).forward(transformer, features, **kwargs)
+    if not shared.follow(model):
+        return type(transformer).forward(transformer, features, **kwargs)
+    shared.encoder.train(transformer.training)
     device = mask.device.type
     autocast = torch.is_autocast_enabled(device)
     with shared.activations_in(torch.get_autocast_dtype(device) if autocast else torch.float32):
