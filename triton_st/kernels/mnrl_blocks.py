@@ -29,9 +29,7 @@ def _logits(
     column = first + place
     if OWN_GROUP or HARDNESS == 1 or HARDNESS == 2:
         in_group = (column % period)[None, :] == own[:, None]
-    if row_scale is None:
-        logits = similarity
-    elif HARDNESS == 0:
+    if HARDNESS == 0:
         logits = similarity * row_scale[:, None]
     elif HARDNESS == 3:
         logits = similarity * (row_scale + strength)[:, None]
@@ -112,6 +110,7 @@ def _sums_kernel(
             left, right, q_left, m_left - start, None, None, depth, D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION, False
         )
         if left_norm is not None:
+            # In the order of the weights kernel: at a high scale another rounding would not cancel against its own.
             similarity = similarity * q_factor[:, None] * inverse(right_norm, BLOCK_M, m_left - start)[None, :]
             right_norm += BLOCK_M
         logits = _logits(
