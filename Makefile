@@ -6,6 +6,8 @@ PY := $(VENV)/bin/python
 # A pip that an environment variable points elsewhere would install outside .venv.
 PIP := env -u PIP_TARGET -u PIP_PREFIX -u PIP_USER $(PY) -m pip install --quiet --disable-pip-version-check
 DEMO_DIR ?= out/demo
+OPERATORS := mean_pool cosine_similarity mnrl_loss mnrl_options packed_attention dropout_add_layer_norm \
+	embedding_layer_norm bias_gelu layer_norm_mean_pool bert_layer
 OPERATOR_TESTS := $(patsubst %,tests/test_%.py,packed_attention dropout_add_layer_norm embedding_layer_norm bias_gelu \
 	layer_norm_mean_pool philox mean_pool cosine_similarity mnrl_loss)
 
@@ -39,8 +41,9 @@ $(VENV)/.tools: $(VENV)/.runtime
 demo: $(VENV)/.runtime
 	$(PY) -m triton_st train --fp16 --learning-rate 2e-3 --output-dir $(DEMO_DIR) --overwrite-output-dir
 
+# One thread for each of as many processes as there are cores: tests of threads ask for their own.
 test: $(VENV)/.tools
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 clients: $(VENV)/.tools
 	$(PIP) --editable '.[plots,test,check,clients]'
