@@ -50,9 +50,8 @@ def test_products_use_tensor_cores(table: str) -> None:
     for kernel in (name for name, promises in aot.PROMISES.items() if aot.TENSOR_CORES in promises):
         for row in rows(table, kernel):
             assert ("HGMMA" if "sm_90" in row else "mfma_f32") in row, row
-            # attention's tiles end with the head size, 32 at this width
-            tiles = ("64x32x64", "128x64x64", "128x128x64", "64x64x32", "64x32x32")
-            assert any(tile in row for tile in tiles), row
+            # of every kernel the largest tile is compiled; attention's end with the head size
+            assert any(tile in row for tile in ("128x64x64", "128x128x64", "64x64x64", "64x32x64")), row
 
 
 def test_no_launcher_is_missing_from_the_check() -> None:
@@ -101,7 +100,7 @@ from triton_st.kernels import aot
 job = next(j for j in aot.jobs([arch], {"fp16": (384,)}) if j.kernel == "_copy_kernel")
 for aligned in (job, dataclasses.replace(job, divisible=())):
     report = aot.inspect(aligned)
-    print(report.load_bits, report.violations())
+    print(report.load_bits, [v for v in report.violations() if "loads" in v])
 """
 
 

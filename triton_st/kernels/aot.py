@@ -286,12 +286,12 @@ def inspect(job: Job) -> Report:
 
 
 def _print_table(reports: list[Report]) -> None:
-    header = f"{'kernel':22}{'arch':8}{'type':6}{'D':>5}  {'blocks, warps/stages':34}{'regs':>5}{'spills':>7}"
+    header = f"{'kernel':24}{'arch':8}{'type':6}{'D':>5}  {'blocks, warps/stages':34}{'regs':>5}{'spills':>7}"
     print(f"{header}{'shared':>8}  {'tensor cores':26}{'load':>5}{'store':>6}")
     for r in reports:
         j = r.job
         print(
-            f"{j.kernel:22}{j.arch.name:8}{j.precision:6}{j.d:>5}  {j.shape:34}{r.registers:>5}{r.spills:>7}"
+            f"{j.kernel:24}{j.arch.name:8}{j.precision:6}{j.d:>5}  {j.shape:34}{r.registers:>5}{r.spills:>7}"
             f"{r.shared_bytes:>8}  {r.tensor_core or '-':26}{r.load_bits:>5}{r.store_bits:>6}"
         )
 
