@@ -94,9 +94,9 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed and _has_tf32() else "ieee"
 
 
-def register_limit(num_warps: int, most: int = 255) -> dict[str, int]:
-    """Option of a launch: a thread may take so many registers. Left alone, ptxas at times stops earlier and spills."""
-    return {} if on_hip() else {"maxnreg": min(most, 65536 // (32 * num_warps))}
+def register_limit(num_warps: int) -> dict[str, int]:
+    """Option of a launch: ptxas may take all registers there are. Left alone, it at times stops earlier and spills."""
+    return {} if on_hip() else {"maxnreg": min(255, 65536 // (32 * num_warps))}
 
 
 class Tile(NamedTuple):

@@ -14,9 +14,6 @@ BLOCK_NUMBERS = 2048
 """Numbers in a tile: 16 for each of 4 × 32 threads, so that three sums over rows stay in registers."""
 MOST_ROWS = 16
 """With 32 of the shortest rows, whose elements need a mask each, ptxas spills."""
-GRADIENT_REGISTERS = 168
-"""What a thread may take in backward: the most with which three blocks of 128 threads share a multiprocessor. ptxas
-left alone stops at 128 on some GPUs and spills."""
 
 
 @triton.jit
@@ -112,8 +109,8 @@ class RowTile(NamedTuple):
         return {"D": d, "BLOCK_R": self.rows, "BLOCK_D": self.columns, "num_warps": self.num_warps}
 
     def gradient_constants(self, d: int) -> dict[str, int]:
-        """The same for a launch of backward."""
-        return {**self.constants(d), **register_limit(self.num_warps, GRADIENT_REGISTERS)}
+        """The same for a launch of backward, which at 168 registers, ptxas' own choice, spills on some GPUs."""
+        return {**self.constants(d), **register_limit(self.num_warps)}
 
     def programs(self, rows: int) -> int:
         """Programs that share the tiles of so many rows: each leaves one part of every sum over rows."""
