@@ -72,8 +72,8 @@ void soften(float* scores, int64_t keys, int vectors, float scale, const float* 
     Vec total{};
 #if defined(TRITON_ST_BF16_DOT)
     if constexpr (kPaired) {
-      const Vec base_2 = factor * 1.44269504f, shift = -most * base_2;
-      auto weight = [&](int64_t k) { return exp2_short(fma(load(column + k * kPanel), base_2, shift)); };
+      const Vec base_2 = factor * 1.44269504f;
+      auto weight = [&](int64_t k) { return exp2_short((load(column + k * kPanel) - most) * base_2); };
       for (int64_t k = 0; k < keys; k += 2) {
         const Vec first = weight(k), second = k + 1 < keys ? weight(k + 1) : Vec{};
         total += first;
@@ -84,9 +84,9 @@ void soften(float* scores, int64_t keys, int vectors, float scale, const float* 
       continue;
     }
 #endif
-    const Vec shift = -most * factor;
     for (int64_t k = 0; k < keys; ++k) {
-      const Vec x = exp(fma(load(column + k * kPanel), factor, shift));
+      // Subtracted first: exactly 0 at the largest score, however large that is.
+      const Vec x = exp((load(column + k * kPanel) - most) * factor);
       total += x;
       store(column + k * kPanel, x);
     }

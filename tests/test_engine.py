@@ -258,6 +258,15 @@ def test_copies_pack_for_themselves() -> None:
 
 
 @every_precision
+@pytest.mark.parametrize("factor", [1e6, 1e10])
+def test_enormous_scores_stay_finite(dtype: str, factor: float) -> None:
+    encoder, batch = bert(), random_batch()
+    with torch.no_grad():
+        encoder.encoder.layer[0].attention.self.query.weight.mul_(factor)
+    assert Engine(encoder, dtype).embed(batch["input_ids"], batch["cu_seqlens"]).isfinite().all()
+
+
+@every_precision
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_not_hidden(dtype: str, bad: float) -> None:
     encoder = bert()

@@ -136,7 +136,15 @@ def test_training_dataset_facts(model: SentenceTransformer) -> None:
     assert samples[1:] == [[f"<code>{data[row][column]}</code>" for column in data.column_names] for row in range(3)]
     assert "MultipleNegativesRankingLoss" in text
     config = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
-    assert config == {"scale": 30.0, "similarity_fct": "cos_sim"}
+    assert config == {
+        "scale": 30.0,
+        "similarity_fct": "cos_sim",
+        "gather_across_devices": False,
+        "directions": ["query_to_doc"],
+        "partition_mode": "joint",
+        "hardness_mode": None,
+        "hardness_strength": 0.0,
+    }
 
 
 def test_statistics_use_the_first_thousand_rows_and_the_models_length_limit(model: SentenceTransformer) -> None:

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from triton_st import backend
 from triton_st.models.encoder import LayerWeights, PackedEncoder
 from triton_st.models.pooling import POOLING_MODES
+from triton_st.reference.normalize import saturate
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 """Precisions, in the order in which the C++ side numbers them."""
@@ -142,6 +143,8 @@ class Engine:
         for layer in self.encoder.layers():
             weights += layer.weights()
         plain = [weight.detach().contiguous() for weight in weights]
+        if self.dtype == "float16":  # a finite weight stays finite
+            plain = [saturate(weight, torch.float16).float() for weight in plain]
         if self.dtype == "int8":
             plain = _with_spreads(plain, self.encoder)
         self._packed = torch.ops.triton_st_cpp.encoder_pack(
