@@ -9,8 +9,13 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples every time: a change is what breaks a test, not luck. `--hypothesis-profile=default` looks further.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 # Triton decides whether to interpret when it is imported: this must come before anything imports it.
 if not (os.environ.get("TRITON_ST_TESTS_NO_INTERPRET") or torch.cuda.is_available()):
