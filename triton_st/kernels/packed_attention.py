@@ -335,6 +335,8 @@ def _tile(dtype: torch.dtype, d: int, *, backward: bool = False) -> Tile:
     """
     depth = max(16, triton.next_power_of_2(d))
     if dtype == torch.float32:
+        if depth > 32 and dot_precision(dtype) == "ieee":  # whose operands sit in registers
+            return Tile(16 if backward else 32, 16, depth, 8 if backward else 4, 1, max_registers=255)
         return Tile(32, 32 if depth <= 64 else 16, depth, 4, 1, max_registers=255 if depth == 16 else None)
     return Tile(64, 32 if backward or depth > 64 else 64, depth, 4, 2)
 
