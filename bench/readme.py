@@ -19,6 +19,7 @@ from bench.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+OPTIONS = "what options cost"  # ends the operator's name where the limit is the plain loss and the dtype an option
 
 
 def _load(name: str) -> Any:
@@ -97,12 +98,31 @@ def speed() -> str:
     )
 
 
+def _infos() -> list[dict[str, Any]]:
+    """What the benchmarks that compare noted."""
+    infos = (benchmark["extra_info"] for benchmark in _load("bench")["benchmarks"])
+    return [info for info in infos if "ratios" in info]
+
+
+def loss_options() -> str:
+    """What the loss's options cost, in times of the plain loss."""
+    costs: dict[str, dict[int, float]] = {}
+    for info in _infos():
+        if info["operator"].endswith(OPTIONS):
+            costs.setdefault(info["dtype"], {})[info["shape"]["queries"]] = 1 / info["share_of_limit"]
+    batches = sorted(next(iter(costs.values())))
+    rows = [[option, *(f"{by_batch[batch]:.2f}" for batch in batches)] for option, by_batch in costs.items()]
+    return (
+        "What an option of the loss costs, forward and backward on triplets of width 384, in times of the plain "
+        "loss:\n\n" + table(["option", *(f"batch {batch:,}" for batch in batches)], rows)
+    )
+
+
 def kernels() -> str:
     """Every operator against its best peer, and its share of this machine's limit."""
     cases: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for benchmark in _load("bench")["benchmarks"]:
-        info = benchmark["extra_info"]
-        if "ratios" in info:
+    for info in _infos():
+        if not info["operator"].endswith(OPTIONS):
             cases.setdefault((info["operator"], info["direction"], info["dtype"]), []).append(info)
     rows = []
     for key, infos in cases.items():
@@ -126,6 +146,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "parity": parity,
     "speed": speed,
     "kernels": kernels,
+    "loss_options": loss_options,
 }
 
 
