@@ -158,8 +158,8 @@ class Encoding(nn.Module):
                 "batch_size": batch_size,
                 "output_value": output_value,
                 "truncate_dim": truncate_dim,
+                "normalize_embeddings": normalize_embeddings,
             }
-            arguments |= {"normalize_embeddings": normalize_embeddings}
             chunks = self._encode_in_processes(pool, device, texts, chunk_size, show_progress_bar, arguments)
             if output_value != "sentence_embedding":
                 items = [item for chunk in chunks for item in chunk]

@@ -102,9 +102,8 @@ class _Shared(SentenceTransformer):
         if names[:2] != ["Transformer", "Pooling"] or not set(names[2:]) <= {"Dense", "Normalize"}:
             raise _NotServedError(f"its modules are {', '.join(names)}; served: Transformer, Pooling, Dense, Normalize")
         transformer, pooling, *head = model
-        source = transformer.model
         try:
-            encoder = _sharing_encoder(source)
+            encoder = _sharing_encoder(transformer.model)
             config = FolderConfig(
                 max_seq_length=model.max_seq_length,
                 pooling=Pooling(pooling.pooling_mode, pooling.include_prompt),
@@ -113,10 +112,7 @@ class _Shared(SentenceTransformer):
             self._assemble(encoder, model.tokenizer, config)
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise _NotServedError(error) from error
-        self.__dict__["_parameters_shared"] = [
-            *source.parameters(),
-            *(p for module in head for p in module.parameters()),
-        ]
+        self.__dict__["_parameters_shared"] = _parameters(model)
 
     def follow(self, model: Any) -> bool:
         """Take over what has changed in the model since the last call: settings, or whole parameters.
@@ -124,8 +120,7 @@ class _Shared(SentenceTransformer):
         Returns:
             Whether the model can still be served: not in half precision, nor with adapters, for example.
         """
-        source = model[0].model
-        now = [*source.parameters(), *(p for module in list(model)[2:] for p in module.parameters())]
+        now = _parameters(model)
         before = self.__dict__["_parameters_shared"]
         try:
             if any(p.dtype != torch.float32 for p in now):
@@ -146,6 +141,12 @@ class _Shared(SentenceTransformer):
             self.max_seq_length = model.max_seq_length
         self.train(model.training)
         return True
+
+
+def _parameters(model: Any) -> list[nn.Parameter]:
+    """What a model and its form of ours share."""
+    transformer, _, *head = model
+    return [p for module in (transformer.model, *head) for p in module.parameters()]
 
 
 def _sharing_encoder(source: nn.Module) -> PackedEncoder:
@@ -196,9 +197,13 @@ def _encode(model: Any, shared: _Shared, *args: Any, **kwargs: Any) -> Any:
 def _forward(model: Any, transformer: Any, shared: _Shared, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """`forward` of an accelerated model's Transformer module: padded features in, padded token states out."""
     mask = features.get("attention_mask")
-    if mask is None or "input_ids" not in features or kwargs.keys() - {"task"} or not _padded_right(mask):
-        return type(transformer).forward(transformer, features, **kwargs)
-    if not shared.follow(model):
+    if (
+        mask is None
+        or "input_ids" not in features
+        or kwargs.keys() - {"task"}
+        or not _padded_right(mask)
+        or not shared.follow(model)
+    ):
         return type(transformer).forward(transformer, features, **kwargs)
     shared.encoder.train(transformer.training)
     device = mask.device.type

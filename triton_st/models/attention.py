@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_st.models.functional import store, widen
+from triton_st.models.functional import store
+from triton_st.reference.normalize import widen
 from triton_st.reference.philox import dropout_factor, keep_mask
 
 _BUCKET_COST = 8_000

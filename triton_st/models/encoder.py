@@ -205,20 +205,6 @@ def encoder_layer(
     w = weights
     qkv_weight = joined(w.query_weight, w.key_weight, w.value_weight)
     qkv_bias = joined(w.query_bias, w.key_bias, w.value_bias)
-    if batch.biased is None and hidden.device.type == "cpu":  # one operator for all that follows
-        return ops.bert_layer(
-            hidden,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            ops.BertLayerParameters(qkv_weight, qkv_bias, *w[6:]),
-            heads,
-            eps,
-            attention_dropout_p=attention_dropout_p,
-            projection_dropout_p=projection_dropout_p,
-            hidden_dropout_p=hidden_dropout_p,
-            seed=seed,
-            stream=stream,
-        )
     if batch.biased is None:
         return ops.bert_layer(
             hidden,

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from triton_st import ops
 from triton_st.ops._library import call
+from triton_st.reference.normalize import widen
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ONEDNN_WEIGHT_GRADIENT_SIZE = 128 * 1024
@@ -31,11 +32,6 @@ _SIDE_BY_SIDE_SIZE = 32 * 1024
 """Fewer elements are copied faster than the place of each part is looked up."""
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
-
-
-def widen(x: Tensor) -> Tensor:
-    """Half precision as float32; anything else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triton_st import ops
-from triton_st.models.functional import widen
+from triton_st.reference.normalize import widen
 from triton_st.util import normalize_embeddings
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
