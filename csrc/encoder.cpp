@@ -187,8 +187,8 @@ void check(const Batch& batch, int64_t tokens) {
 void encoder_forward(const Tensor& packed, const Tensor& word, const Tensor& position,
                      const std::optional<Tensor>& token_type, const std::optional<Tensor>& position_bias,
                      int64_t position_offset, const Tensor& input_ids, const Tensor& cu_seqlens,
-                     const std::optional<Tensor>& token_type_ids, const std::optional<Tensor>& rows, int64_t pooling,
-                     int64_t prompt_length, bool normalise_whole, bool normalise_kept, const Tensor& out) {
+                     const std::optional<Tensor>& token_type_ids, int64_t pooling, int64_t prompt_length,
+                     bool normalise, const Tensor& out) {
   Sizes sizes;
   STD_TORCH_CHECK(packed.numel() >= static_cast<int64_t>(sizeof sizes), "encoder_forward: not packed weights");
   char* begin = data<char>(packed);
@@ -201,9 +201,7 @@ void encoder_forward(const Tensor& packed, const Tensor& word, const Tensor& pos
   if (position_bias) batch.position_bias = matrix<float>(*position_bias);
   if (batch.sequences == 0) return;
   check(batch, input_ids.numel());
-  const int64_t* places = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
-  const Output output{data<float>(out), out.stride(0), out.size(1),     places,
-                      pooling,          prompt_length, normalise_whole, normalise_kept};
+  const Output output{data<float>(out), out.stride(0), out.size(1), pooling, prompt_length, normalise};
   with_precision(static_cast<Precision>(sizes.precision), [&](auto p) {
     using P = decltype(p);
     const Model model = lay_out<P>(sizes, begin);
@@ -225,8 +223,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(triton_st_cpp, m) {
       "-> Tensor");
   m.def(
       "encoder_forward(Tensor packed, Tensor word, Tensor position, Tensor? token_type, Tensor? position_bias, "
-      "int position_offset, Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor? rows, int pooling, "
-      "int prompt_length, bool normalise_whole, bool normalise_kept, Tensor(a!) out) -> ()");
+      "int position_offset, Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, int pooling, "
+      "int prompt_length, bool normalise, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(triton_st_cpp, CPU, m) {

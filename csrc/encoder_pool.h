@@ -12,10 +12,9 @@ enum Pooling : int64_t { kCls = 1, kMax, kMean, kMeanSqrtLen, kWeightedMean, kLa
 struct Output {
   float* data;
   int64_t stride, columns;
-  const int64_t* rows;    // where each sequence's result goes (its first, for token states); null: in order
   int64_t pooling;        // 0: token states
   int64_t prompt_length;  // leading tokens that do not take part in pooling
-  bool normalise_whole, normalise_kept;
+  bool normalise;         // pooled vectors, before they are cut to `columns`
 };
 
 // x /= |x|; zeros stay zeros.
@@ -67,9 +66,8 @@ inline void pool_tokens(const float* states, int64_t stride, int64_t first, int6
 inline void write_output(const Output& output, int64_t s, const float* states, int64_t stride, int64_t begin,
                          int64_t length, int64_t hidden, Buffer& memory) {
   if (output.pooling == 0) {
-    const int64_t row = output.rows ? output.rows[s] : begin;
     for (int64_t t = 0; t < length; ++t) {
-      std::copy_n(states + t * stride, output.columns, output.data + (row + t) * output.stride);
+      std::copy_n(states + t * stride, output.columns, output.data + (begin + t) * output.stride);
     }
     return;
   }
@@ -81,9 +79,8 @@ inline void write_output(const Output& output, int64_t s, const float* states, i
     pool_tokens(states, stride, std::min(output.prompt_length, length), length, round_up(hidden, kWidth),
                 static_cast<Pooling>(left & 7), next);
   }
-  if (output.normalise_whole) normalise_vector(whole, columns);
-  if (output.normalise_kept) normalise_vector(whole, output.columns);
-  std::copy_n(whole, output.columns, output.data + (output.rows ? output.rows[s] : s) * output.stride);
+  if (output.normalise) normalise_vector(whole, columns);
+  std::copy_n(whole, output.columns, output.data + s * output.stride);
 }
 
 }  // namespace triton_st

@@ -199,14 +199,14 @@ class Engine:
         ids, offsets, types = self._checked(input_ids, cu_seqlens, token_type_ids)
         whole = len(modes) * self.encoder.architecture.hidden_size
         out = torch.empty(len(offsets) - 1, min(whole, truncate_dim or whole))
-        self._forward(ids, offsets, types, None, modes, prompt_length, normalize, out)
+        self._forward(ids, offsets, types, modes, prompt_length, normalize, out)
         return out
 
     def states(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """The last hidden states, float32 [T, D], of a packed batch. Arguments and errors as `embed`."""
         ids, offsets, types = self._checked(input_ids, cu_seqlens, token_type_ids)
         out = torch.empty(len(ids), self.encoder.architecture.hidden_size)
-        self._forward(ids, offsets, types, None, (), 0, False, out)
+        self._forward(ids, offsets, types, (), 0, False, out)
         return out
 
     def _checked(
@@ -243,7 +243,6 @@ class Engine:
         ids: Tensor,
         offsets: Tensor,
         types: Tensor | None,
-        rows: Tensor | None,
         modes: Sequence[str],
         prompt_length: int,
         normalize: bool,
@@ -255,8 +254,8 @@ class Engine:
         for mode in reversed(modes):
             pooling = pooling * 8 + 1 + POOLING_MODES.index(mode)
         torch.ops.triton_st_cpp.encoder_forward(
-            self._packed, *self._tables, self.encoder.architecture.position_offset, ids, offsets, types, rows, pooling,
-            prompt_length, normalize, False, out,
+            self._packed, *self._tables, self.encoder.architecture.position_offset, ids, offsets, types, pooling,
+            prompt_length, normalize, out,
         )  # fmt: skip
 
     # --- texts --------------------------------------------------------------------------------------------------------
@@ -290,7 +289,7 @@ class Engine:
             return torch.from_numpy(flat), torch.from_numpy(offsets)
 
         def embed(block: slice, batch: tuple[Tensor, Tensor]) -> None:
-            self._forward(*batch, None, None, pooling, prompt_length, normalize, out[block])
+            self._forward(*batch, None, pooling, prompt_length, normalize, out[block])
             if done is not None:
                 done(block.stop - block.start)
 
