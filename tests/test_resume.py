@@ -118,8 +118,8 @@ def train_and_die(folder: Path, resume: bool, how: tuple[str, Any]) -> None:
         timer = threading.Timer(when, die)
         timer.daemon = True
         timer.start()
-    elif kind == "rename":
-        die_at(Path, "rename", when)
+    elif kind in ("rename", "replace"):
+        die_at(Path, kind, when)
     elif kind == "rmtree":
         die_at(shutil, "rmtree", when)
     elif kind == "_flush":
@@ -167,6 +167,7 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [("model", 2), ("tokenizer", 3)],
         [("save_file", 2), ("_flush", 5)],
         [("rename", 2), ("rename", 6)],
+        [("replace", 1), ("replace", 2)],  # the log, begun anew; the picture
         [("rmtree", 7), ("rmtree", 17)],
     ],
     ids=lambda deaths: "-".join(f"{kind}{when}" for kind, when in deaths),

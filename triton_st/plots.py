@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from triton_st.models.files import replacing_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -91,12 +93,8 @@ def plot_training(log_history: Iterable[Mapping[str, Any]], path: str | os.PathL
         steps = {step for points in (*losses.values(), *metrics.values()) for step, _ in points}
         if len(steps) == 1:
             axes[-1].set_xlim(min(steps) - 1, min(steps) + 1)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        try:
-            figure.savefig(temporary, facecolor="white")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing_file(path) as temporary:
+            figure.savefig(temporary, format=path.suffix.removeprefix("."), facecolor="white")
     return True
 
 

@@ -28,7 +28,28 @@ def write_json(path: Path, fields: object) -> None:
 
 
 LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
-"""Names of what a killed process leaves: folders half-written or half-deleted."""
+"""Names of what a killed process leaves: files and folders half-written, folders half-deleted."""
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted in `folder` itself."""
+    for path in folder.glob("*"):
+        if LEFTOVER.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to; on success the file takes its place at `path`, on failure it is deleted."""
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from triton_st.models.files import LEFTOVER, delete_folder
+from triton_st.models.files import delete_folder, remove_leftovers, replacing_file
 
 TENSORS = "optimizer.safetensors"
 RESUME = "resume.json"
@@ -68,18 +67,12 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be resumed from; the message names the folder and says why."""
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted."""
-    for path in output_dir.glob("*"):
-        if LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def forget_evaluations(folder: Path, step: int) -> None:
     """Cut off what evaluators wrote into the CSV files in `folder` after `step`, so that a resumed run writes it once.
 
     Rows are those of the last run in a file: from its end back to the first that is no later than `step`.
     """
+    remove_leftovers(folder)
     for path in sorted(folder.glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))
@@ -88,10 +81,8 @@ def forget_evaluations(folder: Path, step: int) -> None:
         while headers and kept - 1 > headers[-1] and _is_later(rows[kept - 1], len(rows[headers[-1]]), step):
             kept -= 1
         if kept < len(rows):
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            with temporary.open("w", encoding="utf-8", newline="") as file:
+            with replacing_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows(rows[:kept])
-            temporary.replace(path)
 
 
 def _is_later(row: list[str], columns: int, step: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -16,6 +15,8 @@ from types import FrameType
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from triton_st.models.files import replacing_file
 
 LOG_NAME = "training_log.jsonl"
 _HEADINGS = {"epoch": "epoch", "step": "step", "loss": "loss", "learning_rate": "lr", "eval_loss": "eval loss"}
@@ -32,9 +33,8 @@ class TrainingLog:
         kept = self.path.read_bytes().splitlines()[: len(history)] if history and self.path.is_file() else []
         if len(kept) < len(history):
             kept = [_json_line(entry).encode() for entry in history]
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(temporary, self.path)
+        with replacing_file(self.path) as temporary:
+            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write one line; it is in the file when this returns."""

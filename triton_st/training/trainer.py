@@ -29,6 +29,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutp
 
 from triton_st import losses, plots
 from triton_st.evaluation import SequentialEvaluator
+from triton_st.models.files import remove_leftovers
 from triton_st.models.packing import to_device
 from triton_st.sentence_transformer import SentenceTransformer
 from triton_st.training import checkpointing
@@ -359,7 +360,7 @@ class SentenceTransformerTrainer:
         if self._train_data is None:
             raise ValueError("`train_dataset`: training needs one, got None")
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        checkpointing.remove_leftovers(self.output_dir)
+        remove_leftovers(self.output_dir)
         torch.manual_seed(self.args.seed)
         self.loss.zero_grad()  # of a run that was stopped midway
         self._schedule = BatchSchedule(self.train_dataset, self.args)
