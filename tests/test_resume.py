@@ -110,16 +110,30 @@ def die_at(module: Any, name: str, call: int) -> None:
     setattr(module, name, counted)
 
 
+def die_before_replacing(name: str) -> None:
+    """Kill the process when the new file of this name is written and is about to take its place."""
+    original = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if target.name == name:
+            die()
+        return original(self, target)
+
+    Path.replace = replace  # type: ignore[method-assign, assignment]
+
+
 def train_and_die(folder: Path, resume: bool, how: tuple[str, Any]) -> None:
-    """Train until `how` kills the process: at a call of a function, after some seconds, or in step n."""
+    """Train until `how` kills the process: at a call of a function or of a file, or after some seconds."""
     torch.set_num_threads(1)
     kind, when = how
     if kind == "seconds":
         timer = threading.Timer(when, die)
         timer.daemon = True
         timer.start()
-    elif kind in ("rename", "replace"):
+    elif kind == "rename":
         die_at(Path, kind, when)
+    elif kind == "replace":
+        die_before_replacing(when)
     elif kind == "rmtree":
         die_at(shutil, "rmtree", when)
     elif kind == "_flush":
@@ -167,13 +181,13 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [("model", 2), ("tokenizer", 3)],
         [("save_file", 2), ("_flush", 5)],
         [("rename", 2), ("rename", 6)],
-        [("replace", 1), ("replace", 2)],  # the log, begun anew; the picture
+        [("replace", "training_log.jsonl"), ("replace", "training.png")],
         [("rmtree", 7), ("rmtree", 17)],
     ],
     ids=lambda deaths: "-".join(f"{kind}{when}" for kind, when in deaths),
 )
 def test_killed_runs_end_as_the_one_never_stopped(
-    tmp_path: Path, never_stopped: Path, deaths: list[tuple[str, int]]
+    tmp_path: Path, never_stopped: Path, deaths: list[tuple[str, Any]]
 ) -> None:
     for death in deaths:
         resume = bool(list_checkpoints(tmp_path))
