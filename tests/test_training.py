@@ -29,7 +29,6 @@ from triton_st import SentenceTransformer, losses
 from triton_st.training import SentenceTransformerTrainer
 from triton_st.training.log import history_table
 from triton_st.training.optimization import create_optimizer
-from triton_st.training.tokenized import TokenizedDataset
 
 
 @pytest.fixture(autouse=True)
@@ -417,29 +416,6 @@ def test_history_table_has_a_row_a_step() -> None:
 
 
 # --- data and bad input -----------------------------------------------------------------------------------------------
-
-
-def test_batches_are_cut_as_the_model_tokenizes_them() -> None:
-    model = tiny_model()
-    data = tiny_data(10).add_column("label", list(range(10)))
-    tokenized = TokenizedDataset(data, model.tokenize, {"anchor": "query: "})
-    rows = [7, 0, 7]
-    columns = tokenized.batch(rows)
-    for column, packed in zip(("anchor", "positive", "negative"), columns, strict=True):
-        prompt = "query: " if column == "anchor" else ""
-        expected = model.tokenize([prompt + data[row][column] for row in rows])
-        assert torch.equal(packed["input_ids"], expected["input_ids"])
-        assert torch.equal(packed["cu_seqlens"], expected["cu_seqlens"])
-        assert packed["cu_seqlens"].dtype == torch.int32
-        assert packed["max_seqlen"] == expected["max_seqlen"]
-    labels = tokenized.labels(rows)
-    assert labels is not None
-    assert labels.tolist() == rows
-    assert len(tokenized) == 10
-    assert tokenized.digest() == TokenizedDataset(data, model.tokenize, {"anchor": "query: "}).digest()
-    assert tokenized.digest() != TokenizedDataset(data, model.tokenize).digest()
-    shuffled = TokenizedDataset(data.select([1, 0, *range(2, 10)]), model.tokenize, {"anchor": "query: "})
-    assert tokenized.digest() != shuffled.digest()
 
 
 def test_prompts_change_what_is_trained_on(tmp_path: Path) -> None:

@@ -80,6 +80,15 @@ class BatchSchedule:
             if before >= self.num_updates:
                 return
 
+    def rows(self, done: int = 0) -> list[int]:
+        """Rows of the epoch that the update after the first `done` ones belongs to, from there on, in their order."""
+        rows: list[int] = []
+        for update in self.updates(done):
+            rows += itertools.chain.from_iterable(update.batches)
+            if update.ends_epoch:
+                break
+        return rows
+
     def _updates_in(self, epoch: int) -> int:
         if hasattr(self.sampler, "num_batches"):  # ours: exact, and different from epoch to epoch
             batches = self.sampler.num_batches(epoch)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class RunState:
         loss: the loss module; the optimizer covers its parameters, the model's among them.
         args: the run's settings.
         num_updates: optimizer steps of the whole run.
-        data: digest of the training data.
+        data: gives a digest of the training data; called once a checkpoint is written or read.
         callbacks: callbacks whose exportable state is kept too.
 
     Attributes:
@@ -67,7 +68,7 @@ class RunState:
         loss: nn.Module,
         args: SentenceTransformerTrainingArguments,
         num_updates: int,
-        data: str,
+        data: Callable[[], str],
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         self.model, self.loss, self.args = model, loss, args
@@ -81,8 +82,12 @@ class RunState:
         self.clock = Clock()
         self._num_updates = num_updates
         self._callbacks = {type(c).__name__: c for c in callbacks if isinstance(c, ExportableState)}
-        self._description = checkpointing.describe_run(data, args.to_dict())
+        self._data, self._arguments = data, args.to_dict()
         self._set_totals()
+
+    @functools.cached_property
+    def _description(self) -> dict[str, Any]:
+        return checkpointing.describe_run(self._data(), self._arguments)
 
     def _set_totals(self) -> None:
         self.trainer.max_steps = self._num_updates

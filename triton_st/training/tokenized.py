@@ -1,9 +1,15 @@
-"""A data set as token ids: every text is tokenised once, ahead, and batches are cut out of memory without padding."""
+"""A data set as token ids: every text is tokenised once, ahead, in a thread beside training; batches are cut of them.
+
+The thread spends its time in the tokenizer's Rust, which lets Python go on. It takes the texts in the order in which
+training wants them, so that the first step waits for the first few thousand texts alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,13 +19,14 @@ from torch import Tensor
 from triton_st.data import LABEL_COLUMNS
 from triton_st.losses.columns import TEXT_IDS, text_id
 
-TEXTS_AT_ONCE = 4096
+TEXTS_AT_ONCE = 1024
 
 
 class TokenizedDataset:
     """Token ids of the text columns of a data set, and its labels if it has any.
 
-    A text that occurs in many rows is tokenised and kept once.
+    A text that occurs in many rows is tokenised and kept once. Nothing is tokenised before `start`, or before the first
+    batch is wanted; a batch waits for its own texts alone.
 
     Args:
         dataset: a `datasets.Dataset`; every column but one named like a label (`LABEL_COLUMNS`) holds texts.
@@ -69,19 +76,47 @@ class TokenizedDataset:
                 if self._ids is not None:
                     self._ids[index, row] = text_id(text.encode("utf-8", "surrogatepass"))
 
-        texts = list(numbers)
-        parts = [tokenize(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
-        self._input_ids = np.concatenate([part["input_ids"].cpu().numpy().astype(np.int32) for part in parts])
-        self._lengths = np.concatenate([np.diff(part["cu_seqlens"].cpu().numpy()) for part in parts]).astype(np.int64)
-        self._starts = np.cumsum(self._lengths) - self._lengths
         self._labels = _numbers(dataset[labels[0]][:], name, labels[0]) if labels else None
+        self._name, self._tokenize, self._texts = name, tokenize, list(numbers)
+        self._input_ids = np.empty(0, dtype=np.int32)  # of all texts tokenised so far, in the order of tokenising
+        self._starts = np.zeros(len(numbers), dtype=np.int64)
+        self._lengths = np.zeros(len(numbers), dtype=np.int64)
+        self._is_there = np.zeros(len(numbers), dtype=bool)
+        self._thread: ThreadPoolExecutor | None = None
+        self._coming: deque[tuple[np.ndarray, Future[Mapping[str, Any]]]] = deque()
 
     def __len__(self) -> int:
         """Rows."""
         return self._text_of.shape[1]
 
+    def start(self, rows: Sequence[int] = ()) -> None:
+        """Tokenise what is not tokenised yet in a thread: the texts of `rows` first, in their order, then the others.
+
+        Does nothing while such a thread is at work.
+        """
+        if self._thread is not None:
+            return
+        wanted = np.append(self._text_of[:, np.asarray(rows, dtype=np.int64)].T, np.arange(len(self._lengths)))
+        order = wanted[np.sort(np.unique(wanted, return_index=True)[1])]
+        order = order[~self._is_there[order]]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        for i in range(0, len(order), TEXTS_AT_ONCE):
+            texts = order[i : i + TEXTS_AT_ONCE]
+            self._coming.append((texts, self._thread.submit(self._tokenized, texts)))
+
+    def stop(self) -> None:
+        """End the thread, if there is one, after the texts at hand; `start` goes on from there."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+            self._coming.clear()
+
     def batch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the packed features of some rows, one dict a column, on the CPU."""
+        """Return the packed features of some rows, one dict a column, on the CPU.
+
+        Raises:
+            ValueError: the tokenizer fails at a text, naming its column and row.
+        """
         chosen = np.asarray(rows, dtype=np.int64)
         columns = [self._pack(texts) for texts in self._text_of[:, chosen]]
         if self._ids is not None:
@@ -94,6 +129,7 @@ class TokenizedDataset:
         return None if self._labels is None else self._labels[torch.as_tensor(rows)]
 
     def _pack(self, texts: np.ndarray) -> dict[str, Any]:
+        self._wait_for(texts)
         lengths = self._lengths[texts]
         cu_seqlens = np.zeros(len(texts) + 1, dtype=np.int32)
         np.cumsum(lengths, out=cu_seqlens[1:])
@@ -104,10 +140,53 @@ class TokenizedDataset:
             "max_seqlen": int(lengths.max(initial=0)),
         }
 
+    def _wait_for(self, texts: np.ndarray) -> None:
+        while not self._is_there[texts].all():
+            self.start()
+            numbers, future = self._coming.popleft()
+            try:
+                features = future.result()
+            except BaseException:
+                self.stop()
+                raise
+            lengths = np.diff(features["cu_seqlens"].cpu().numpy()).astype(np.int64)
+            self._lengths[numbers] = lengths
+            self._starts[numbers] = len(self._input_ids) + np.cumsum(lengths) - lengths
+            new = features["input_ids"].cpu().numpy()
+            end = len(self._input_ids)
+            self._input_ids.resize(end + len(new), refcheck=False)  # in place: no view of it is ever handed out
+            self._input_ids[end:] = new
+            self._is_there[numbers] = True
+            if not self._coming:
+                self.stop()
+                self._texts.clear()
+
+    def _tokenized(self, texts: np.ndarray) -> Mapping[str, Any]:
+        try:
+            return self._tokenize([self._texts[text] for text in texts])
+        except Exception as error:
+            raise self._failure(texts, error) from error
+
+    def _failure(self, texts: np.ndarray, error: Exception) -> ValueError:
+        """What to raise for an error in tokenising these texts together: it names the row of the first to blame."""
+        where = ""
+        for text in texts:
+            try:
+                self._tokenize([self._texts[text]])
+            except Exception as own:
+                column, row = np.argwhere(self._text_of == text)[0]
+                where, error = f", column {self.columns[column]!r}, row {row}", own
+                break
+        return ValueError(f"`{self._name}`{where}: cannot be tokenised: {type(error).__name__}: {error}")
+
     def digest(self) -> str:
-        """Return a hash of everything that training sees of the data: token ids, lengths, rows, labels."""
+        """Return a hash of everything that training sees of the data: token ids, lengths, rows, labels.
+
+        It needs every text's tokens, and does not depend on their order of tokenising.
+        """
         sha = hashlib.sha256(repr(self._text_of.shape).encode())
-        for array in (self._input_ids, self._lengths, self._text_of):
+        features = self._pack(np.arange(len(self._lengths)))
+        for array in (features["input_ids"].numpy().astype(np.int32), self._lengths, self._text_of):
             sha.update(np.ascontiguousarray(array).data)
         if self._labels is not None:
             sha.update(self._labels.contiguous().numpy().data)

@@ -1,7 +1,8 @@
 """`SentenceTransformerTrainer`: a training loop under sentence-transformers' names that fits on a few screens.
 
-Every batch is cut from texts tokenised ahead and rides through the encoder as one packed forward; evaluation runs in
-float32. A value that is not finite stops training, and a killed run goes on from its last checkpoint bit for bit.
+Every batch is cut from texts tokenised ahead, beside the training, and rides through the encoder as one packed forward;
+evaluation runs in float32. A value that is not finite stops training, and a killed run goes on from its last checkpoint
+bit for bit.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class SentenceTransformerTrainer:
             self._prepare_run(checkpointing.find_checkpoint(resume, self.output_dir) if resume else None)
             assert self._progress is not None
             started, first_step = time.perf_counter(), self.state.global_step
-            with closing(self._progress):
+            with closing(self._progress), self._tokenizing():
                 self._loop(interrupt)
             self.model.eval()
             return self._finish(time.perf_counter() - started, self.state.global_step - first_step)
@@ -369,7 +370,7 @@ class SentenceTransformerTrainer:
             self.loss,
             self.args,
             self._schedule.num_updates,
-            self._train_data.digest(),
+            self._train_data.digest,
             self.callbacks.callbacks,
         )
         if checkpoint is not None:
@@ -384,6 +385,18 @@ class SentenceTransformerTrainer:
         for update in itertools.islice(self._schedule.updates(self.state.global_step), 1):
             check_parameters(self.loss, step=self.state.global_step + 1, rows=update.batches[0])
         self._progress = Progress(self.state.max_steps, self.state.global_step, quiet=bool(self.args.disable_tqdm))
+
+    @contextmanager
+    def _tokenizing(self) -> Iterator[None]:
+        """Tokenise beside the training inside the block, in the order of the next epoch's batches."""
+        assert self._train_data is not None
+        self._train_data.start(self._schedule.rows(self.state.global_step))
+        try:
+            yield
+        finally:
+            for data in (self._train_data, self._eval_data):
+                if data is not None:
+                    data.stop()
 
     def _finish(self, seconds: float, steps: int) -> TrainOutput:
         """Load the best model if asked to, log the summary, fill the model card, draw the curves."""
