@@ -9,6 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from triton_st.models.bert import BertModel, RobertaModel, XLMRobertaModel
 from triton_st.models.distilbert import DistilBertModel
@@ -26,6 +27,15 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PREFIXES = ("bert.", "distilbert.", "mpnet.", "roberta.", "model.", "module.")
 _PARTS = ("embeddings.", "encoder.", "transformer.", "pooler.")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Parameters get no initial values: to draw normal ones on no device, torch imports its whole compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def load_encoder(folder: str | Path, **config_kwargs: Any) -> PackedEncoder:
@@ -60,7 +70,7 @@ def load_encoder(folder: str | Path, **config_kwargs: Any) -> PackedEncoder:
     except Exception as error:  # transformers' validation has error types of its own
         raise ValueError(f"{config_path}: not a configuration of type {model_type} ({error})") from error
     state = _canonical(read_weights(folder))
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         model = family(config)
     if "pooler.dense.weight" not in state:
         model.pooler = None

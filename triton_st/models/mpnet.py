@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MPNetConfig, PretrainedConfig
 
-from triton_st.models.attention import AttentionPlan, BiasedAttention
+from triton_st.models.attention import AttentionPlan, BiasedAttention, untraced
 from triton_st.models.bert import BertIntermediate, BertOutput
 from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, Pooler, weights_of
 
@@ -102,7 +102,7 @@ class MPNetModel(PackedEncoder):
         """As `PackedEncoder`."""
         return cast("Sequence[EncoderLayer]", self.encoder.layer)
 
-    @torch.compiler.disable
+    @untraced
     def biased_attention(self, cu_seqlens: Tensor, max_seqlen: int) -> BiasedAttention:
         """As `PackedEncoder`."""
         weight = self.encoder.relative_attention_bias.weight
