@@ -245,14 +245,14 @@ void quantise(const T* x, int64_t n, Int8Precision::Level* levels, float* scale,
   }
   const float low = largest_lane(least), range = largest_lane(most) + low;
   const float step = range > 1e-30f ? range / 255.f : 1e-30f;
-  const float offset = std::nearbyint(low / step);
+  const float offset = std::fmin(std::nearbyint(low / step), 255.f);  // a number, whatever x holds
   *scale = step + sum(finite);
   *zero = offset;
   constexpr float kMagic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   const Vec inverse = splat(1.f / step), magic = splat(kMagic);
-  const Ints shift = Ints{} + (static_cast<int32_t>(offset) - 0x4b400000);
+  const Words shift = Words{} + (static_cast<uint32_t>(offset) - 0x4b400000u);
   for (int64_t i = 0; i < n; i += kWidth) {
-    Ints level = as_ints(fma(load(x + i), inverse, magic)) + shift;
+    Ints level = reinterpret_cast<Ints>(reinterpret_cast<Words>(fma(load(x + i), inverse, magic)) + shift);
     level = level < 0 ? Ints{} : level;
     level = level > 255 ? Ints{} + 255 : level;
     put_levels(levels + i, level);

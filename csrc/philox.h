@@ -16,7 +16,6 @@
 
 namespace triton_st {
 
-typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef uint64_t Longs __attribute__((vector_size(4 * kWidth)));  // kWidth / 2 lanes
 
 // kWidth group numbers: those of the first half of the lanes and those of the second.

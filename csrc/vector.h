@@ -41,6 +41,7 @@ inline constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 
 // Written so that GCC makes one broadcast of it, which a loop over lanes does not become.
 inline Vec splat(float x) { return x - Vec{}; }
