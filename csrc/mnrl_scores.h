@@ -54,7 +54,7 @@ class RowBlock {
 
   RowBlock(const Problem<T>& problem, int64_t most_rows)
       : p_(problem),
-        stride_(round_up(most_rows, kPanel) + kWidth),  // no multiple of the cache's period
+        stride_(round_up(most_rows, kPanel) + (most_rows > 2 * kPanel ? kWidth : 0)),  // not the cache's period
         prefixes_(problem.prefixes()),
         keeps_logits_(prefixes_ > 1),
         steps_(problem.ranges.back().first_step + problem.ranges.back().steps),
