@@ -2,7 +2,8 @@
 //
 // Where there is work for it, each thread takes runs of whole sequences through all layers by itself, with no barrier,
 // its activations in its own cache. A few short sequences are worked on by all threads together, stage by stage:
-// reading the weights is then what takes time, and each thread reads its share. Both ways give the same bits.
+// reading the weights is then what takes time, and each thread reads its share. So are a few long ones that would leave
+// half of the threads idle. Both ways give the same bits.
 #include <thread>
 
 #include "encoder_pass.h"
@@ -17,6 +18,7 @@ thread_local Workspace workspace;
 constexpr int64_t kRunTokens = 384;
 constexpr int64_t kLeastRunTokens = 64;
 constexpr int64_t kSharedTokensPerThread = 64;
+constexpr int64_t kSharedTokens = 2048;  // of long sequences: what all their activations take in memory stays allocated
 // Memory for the widest activations of a block of rows: with a panel of weights it fits the second-level cache.
 constexpr int64_t kHiddenBytes = 512 << 10;
 constexpr int64_t kUnitRows = 16, kUnitPanels = 2;  // what a thread takes of a shared stage
@@ -57,6 +59,12 @@ void run_alone(const Model& model, const Batch& batch, const Output& output, int
     });
   }
   for (int64_t s = first; s < last; ++s) finish_sequence(pass, batch, output, sizes.hidden, s);
+}
+
+bool worth_sharing(const Batch& batch, int64_t tokens, int64_t threads) {
+  const bool short_batch = tokens <= threads * kSharedTokensPerThread;
+  const bool few_sequences = 2 * batch.sequences <= threads && tokens <= kSharedTokens;
+  return threads > 1 && (short_batch || few_sequences);
 }
 
 // Runs of about kRunTokens tokens, shorter towards the end so that threads finish together.
@@ -206,9 +214,7 @@ void encoder_forward(const Tensor& packed, const Tensor& word, const Tensor& pos
     using P = decltype(p);
     const Model model = lay_out<P>(sizes, begin);
     const int64_t threads = torch::stable::get_num_threads();
-    if (threads > 1 && input_ids.numel() <= threads * kSharedTokensPerThread) {
-      return run_together<P>(model, batch, output, threads);
-    }
+    if (worth_sharing(batch, input_ids.numel(), threads)) return run_together<P>(model, batch, output, threads);
     const auto runs = cut_runs(batch, threads);
     parallel(static_cast<int64_t>(runs.size()) - 1, kWorthThreads,
              [&](int64_t run) { run_alone<P>(model, batch, output, runs[run], runs[run + 1]); });
