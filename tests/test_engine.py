@@ -276,6 +276,88 @@ def test_what_is_not_finite_is_not_hidden(dtype: str, bad: float) -> None:
     assert Engine(encoder, dtype).embed(batch["input_ids"], batch["cu_seqlens"]).isnan().all()
 
 
+@every_precision
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+def test_a_word_that_is_not_finite_stays_in_its_texts(dtype: str, bad: float) -> None:
+    """One row of the table spoils the texts that hold it; the others keep their bits."""
+    lists = [[3, 4, 5], [7], [3, 9, 4], [5] * 40, [9], [4, 4]]
+    batch = pack(lists)
+    embedded = []
+    for value in (0.5, bad):
+        encoder = bert()
+        with torch.no_grad():
+            encoder.embeddings.word_embeddings.weight[9] = value
+        embedded.append(Engine(encoder, dtype).embed(batch["input_ids"], batch["cu_seqlens"]))
+    holds = torch.tensor([9 in ids for ids in lists])
+    assert embedded[1][~holds].isfinite().all()
+    if bad != 3e38:
+        assert embedded[1][holds].isnan().all()
+    if dtype != "int8":  # whose weights are scaled by what random words do
+        assert torch.equal(embedded[1][~holds], embedded[0][~holds])
+    assert torch.cosine_similarity(embedded[1][~holds], embedded[0][~holds]).min() >= CLOSE[dtype]
+
+
+class Adapted(torch.nn.Module):
+    """A layer with something added to it."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + 1
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Named(torch.nn.Linear):
+    """Computes as any other."""
+
+
+@pytest.mark.parametrize(
+    ("where", "made", "message"),
+    [
+        ("encoder.layer.0.output.dense", Adapted, "a torch.nn.Linear with nothing about it, got a Adapted"),
+        ("encoder.layer.1.attention.self.key", lambda _: Doubled(50, 50), "got a Doubled with a forward of its own"),
+        ("encoder.layer.1.output.LayerNorm", Adapted, "a torch.nn.LayerNorm with nothing about it, got a Adapted"),
+        ("embeddings.word_embeddings", Adapted, "a torch.nn.Embedding with nothing about it, got a Adapted"),
+        ("encoder.layer.0.output.dense", lambda _: torch.nn.Linear(72, 50, bias=False), "got one without a bias"),
+        ("encoder.layer.0.intermediate.dense", "hook", "got one with forward hooks, which would not be called"),
+        ("encoder.layer.0.intermediate.dense", "forward", "got a Linear with a forward of its own"),
+    ],
+)
+def test_wrapped_modules_are_refused(where: str, made: object, message: str) -> None:
+    """Their parameters alone would give other numbers, in silence."""
+    encoder, batch = bert(), random_batch()
+    engine = Engine(encoder)
+    engine.embed(batch["input_ids"], batch["cu_seqlens"])
+    module = encoder.get_submodule(where)
+    if made == "hook":
+        module.register_forward_hook(lambda module, inputs, output: output + 1)
+        engine = Engine(encoder)
+    elif made == "forward":
+        module.forward = lambda x: x  # as some libraries shadow it
+        engine = Engine(encoder)
+    else:
+        encoder.set_submodule(where, made(module))
+    with pytest.raises(TypeError, match=message):
+        engine.embed(batch["input_ids"], batch["cu_seqlens"])
+    with pytest.raises(TypeError, match=message):
+        encoder(**batch)
+
+
+def test_a_subclass_that_computes_the_same_is_served() -> None:
+    encoder, batch = bert(), random_batch()
+    engine = Engine(encoder)
+    before = engine.embed(batch["input_ids"], batch["cu_seqlens"])
+    dense = encoder.encoder.layer[0].output.dense
+    dense.__class__ = Named
+    assert torch.equal(engine.embed(batch["input_ids"], batch["cu_seqlens"]), before)
+
+
 # --- texts ---
 
 
@@ -346,22 +428,29 @@ def test_all_minilm_in_every_precision(minilm_folder: Path, shared_data: Path) -
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([1.0], [0, 1]), TypeError, "input_ids: expected an integer tensor"),
-        (([[1]], [0, 1]), ValueError, "input_ids: expected one dimension"),
-        (([1, 2], [0, 1]), ValueError, "cu_seqlens: expected ascending offsets from 0 to 2"),
+        (([1.0], [0, 1]), TypeError, "input_ids: expected int64, got torch.float32"),
+        (([[1]], [0, 1]), ValueError, "input_ids: expected a flat run of tokens"),
+        (([1, 2], [0, 1]), ValueError, "cu_seqlens: expected to end at T = 2"),
         (([1, 2], [0, 2, 1, 2]), ValueError, "cu_seqlens: expected ascending"),
-        (([1, 2], []), ValueError, "cu_seqlens: expected ascending"),
-        (([1] * 65, [0, 65]), ValueError, "at most 64 tokens, got one of 65"),
-        (([60], [0, 1]), ValueError, "input_ids: expected ids from 0 to 59, got 60"),
-        (([-1], [0, 1]), ValueError, "input_ids: expected ids from 0 to 59, got -1"),
+        (([1, 2], []), ValueError, r"cu_seqlens: expected shape \[B\+1\]"),
+        (([1] * 65, [0, 65]), ValueError, "at most 64 tokens .*, got one of 65"),
+        (([60], [0, 1]), ValueError, "input_ids: expected ids from 0 to 59 .*, got 60"),
+        (([-1], [0, 1]), ValueError, "input_ids: expected ids from 0 to 59 .*, got -1"),
         (([1], [0, 1], [2]), ValueError, "token_type_ids: expected ids from 0 to 1"),
         (([1], [0, 1], [0, 0]), ValueError, "token_type_ids: expected shape"),
+        (([1], [0, 1], [0.5]), TypeError, "token_type_ids: expected int64, got torch.float32"),
     ],
 )
 def test_bad_batches(arguments: tuple, error: type[Exception], message: str) -> None:
+    """The engine's words are the model's own."""
     tensors = [torch.tensor(x) if x else torch.zeros(0, dtype=torch.int64) for x in arguments]
+    encoder = bert()
     with pytest.raises(error, match=message):
-        Engine(bert()).embed(*tensors)
+        Engine(encoder).embed(*tensors)
+    with pytest.raises(error, match=message):
+        encoder(*tensors[:2], 100, *tensors[2:])
+    with pytest.raises(TypeError, match="input_ids: expected int64, got list"):
+        Engine(encoder).embed([1], torch.tensor([0, 1]))  # type: ignore[arg-type]
 
 
 def test_bad_settings() -> None:

@@ -6,10 +6,13 @@ the same to the last bit alone, in any batch, at any place and with any number o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +24,8 @@ from triton_st import backend
 from triton_st.models.encoder import LayerWeights, PackedEncoder
 from triton_st.models.pooling import POOLING_MODES
 from triton_st.reference.normalize import saturate
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 """Precisions, in the order in which the C++ side numbers them."""
@@ -43,6 +48,27 @@ def _count_step(*_: Any) -> None:
 
 register_optimizer_step_post_hook(_count_step)
 
+_forked = False
+"""Whether this process was forked from one where torch had threads, and nothing was computed here since."""
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = torch.get_num_threads() > 1
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def settle_after_fork() -> None:
+    """Let torch have one thread in a forked process: those it had do not survive a fork, and it would wait for them."""
+    global _forked
+    if _forked:
+        _forked = False
+        torch.set_num_threads(1)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are gone, too
+        logger.warning("this process was forked: texts are encoded on one thread here; a spawned one has them all")
+
 
 def checked_dtype(value: Any) -> str:
     """`value`, a name or a torch dtype, as one of `DTYPES`.
@@ -58,7 +84,7 @@ def checked_dtype(value: Any) -> str:
 
 def problem(encoder: PackedEncoder) -> str | None:
     """Why the engine cannot serve `encoder`; None if it can (compiles the C++ kernels at the first call)."""
-    weight = encoder.embeddings.word_embeddings.weight
+    weight = encoder.embeddings.tables()[0]
     if weight.device.type != "cpu":
         return f"it serves encoders on the CPU, not on {weight.device.type!r}"
     if weight.dtype != torch.float32:
@@ -66,6 +92,21 @@ def problem(encoder: PackedEncoder) -> str | None:
     if (selected := backend.select(weight)) != "cpp":
         return f"backend {selected!r} serves here"
     return None
+
+
+class Parameters:
+    """An encoder's parameters in a list, for as long as none of its modules is replaced."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        modules = list(encoder.modules())
+        self._children = [(m._modules, list(m._modules.values())) for m in modules]
+        self._owners = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
+
+    def now(self) -> list[Tensor | None] | None:
+        """The parameters as they are now; None where a module was replaced: they may then be nobody's."""
+        if any(list(children.values()) != before for children, before in self._children):
+            return None
+        return [owner.get(name) for owner, name in self._owners]
 
 
 class Engine:
@@ -90,10 +131,9 @@ class Engine:
         self.dtype = checked_dtype(dtype)
         self._packed: Tensor | None = None
         self._tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
+        self._parameters = Parameters(encoder)
         self._state: list[Any] = []
-        self._owners: list[tuple[dict[str, Any], str]] = []
         self._values: list[memoryview] = []  # of every parameter
-        self._children: list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]] = []
 
     @property
     def hidden_size(self) -> int:
@@ -115,9 +155,8 @@ class Engine:
         A version counts what autograd sees. It sees neither a fused optimizer, whose steps are counted apart, nor what
         is written through `.data`, of which a few numbers of each parameter tell.
         """
-        if any(list(children.values()) != before for children, before in self._children):
-            return []  # the parameters below may be nobody's
-        parameters = [owner.get(name) for owner, name in self._owners]
+        if (parameters := self._parameters.now()) is None:
+            return []
         state: list[Any] = [
             None if p is None else (0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters
         ]
@@ -131,15 +170,12 @@ class Engine:
             return
         if reason := problem(self.encoder):
             raise RuntimeError(f"the CPU engine cannot serve this encoder: {reason}")
-        modules = list(self.encoder.modules())
-        self._children = [(m._modules, list(m._modules.values())) for m in modules]
-        self._owners = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
-        parameters = [owner[name] for owner, name in self._owners]
+        self._parameters = Parameters(self.encoder)
+        parameters: list[Any] = [p for p in self._parameters.now() or () if p is not None]
         self._values = [memoryview(p.detach().contiguous().numpy().reshape(-1)) for p in parameters if p.numel()]
         state = self._current_state()
         a = self.encoder.architecture
-        embeddings = self.encoder.embeddings
-        weights: list[Tensor] = [embeddings.LayerNorm.weight, embeddings.LayerNorm.bias]
+        weights: list[Tensor] = list(self.encoder.embeddings.norm())
         for layer in self.encoder.layers():
             weights += layer.weights()
         plain = [weight.detach().contiguous() for weight in weights]
@@ -150,10 +186,8 @@ class Engine:
         self._packed = torch.ops.triton_st_cpp.encoder_pack(
             DTYPES.index(self.dtype), a.layers, a.hidden_size, a.heads, a.intermediate_size, a.eps, plain
         )
-        types: Tensor | None = None
-        if a.token_types:
-            types = embeddings.token_type_embeddings.weight.detach().contiguous()
-        word, position = embeddings.word_embeddings.weight, embeddings.position_embeddings.weight
+        word, position, types = self.encoder.embeddings.tables()
+        types = None if types is None else types.detach().contiguous()
         self._tables = (word.detach().contiguous(), position.detach().contiguous(), types, self._position_bias())
         self._state = state
 
@@ -212,31 +246,9 @@ class Engine:
     def _checked(
         self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        a = self.encoder.architecture
-        for name, tensor in (("input_ids", input_ids), ("cu_seqlens", cu_seqlens), ("token_type_ids", token_type_ids)):
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"{name}: expected an integer tensor, got {getattr(tensor, 'dtype', type(tensor))}")
-            if tensor.dim() != 1:
-                raise ValueError(f"{name}: expected one dimension, got shape {tuple(tensor.shape)}")
-        offsets = cu_seqlens.int().contiguous()
-        lengths = offsets.diff()
-        if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(input_ids) or (lengths < 0).any():
-            raise ValueError(f"cu_seqlens: expected ascending offsets from 0 to {len(input_ids)}, the number of tokens")
-        if len(lengths) and (longest := int(lengths.max())) > a.longest:
-            raise ValueError(f"cu_seqlens: expected sequences of at most {a.longest} tokens, got one of {longest}")
-        if token_type_ids is not None and (not a.token_types or token_type_ids.shape != input_ids.shape):
-            what = f"shape {tuple(input_ids.shape)}" if a.token_types else "None, as the model has no token types"
-            raise ValueError(f"token_type_ids: expected {what}, got shape {tuple(token_type_ids.shape)}")
-        for name, ids, size in (
-            ("input_ids", input_ids, a.vocab_size),
-            ("token_type_ids", token_type_ids, a.token_types),
-        ):
-            if ids is not None and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < size):
-                raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {ids.min()} to {ids.max()}")
+        self.encoder.check_batch(input_ids, cu_seqlens, None, token_type_ids)
         types = None if token_type_ids is None else token_type_ids.int().contiguous()
-        return input_ids.int().contiguous(), offsets, types
+        return input_ids.int().contiguous(), cu_seqlens.int().contiguous(), types
 
     def _forward(
         self,
@@ -248,6 +260,7 @@ class Engine:
         normalize: bool,
         out: Tensor,
     ) -> None:
+        settle_after_fork()
         self.prepare()
         assert self._tables is not None
         pooling = 0
@@ -294,15 +307,29 @@ class Engine:
                 done(block.stop - block.start)
 
         blocks = list(_blocks(len(texts)))
-        if len(blocks) == 1:  # no thread for a few texts
-            embed(blocks[0], packed(blocks[0]))
-            return
-        with ThreadPoolExecutor(1) as tokenizing:
-            coming = [tokenizing.submit(packed, block) for block in blocks[:1]]
-            for i, block in enumerate(blocks):
-                batch = coming.pop().result()
-                coming += [tokenizing.submit(packed, following) for following in blocks[i + 1 : i + 2]]
+        with contextlib.closing(ahead(packed, blocks)) as batches:
+            for block, batch in zip(blocks, batches, strict=True):
                 embed(block, batch)
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def ahead(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Generator[_Result]:
+    """function(item) of each item in turn; while the caller works with one result, a thread makes the next.
+
+    The thread ends with the iterator: close it where the loop may be left early.
+    """
+    if len(items) < 2:  # no thread for a few texts
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(function, items[0])
+        for item in items[1:]:
+            result, coming = coming.result(), thread.submit(function, item)
+            yield result
+        yield coming.result()
 
 
 def _with_spreads(weights: list[Tensor], encoder: PackedEncoder) -> list[Tensor]:
@@ -311,11 +338,12 @@ def _with_spreads(weights: list[Tensor], encoder: PackedEncoder) -> list[Tensor]
     Some features of a trained encoder are many times larger than the others, in every token, and would leave those few
     of the 256 steps. Each is divided by a power of two, by which the weights that it meets are multiplied: the root of
     how large it gets over how large those weights are (Xiao et al., "SmoothQuant", https://arxiv.org/abs/2211.10438).
-    Which features these are shows on random tokens, so that nothing has to be calibrated.
+    Which features these are shows on random tokens, so that nothing has to be calibrated. Tokens whose embeddings are
+    not finite show nothing: they must not reach the texts that do not hold them.
     """
     a = encoder.architecture
     gain, shift, *rest = weights
-    embeddings = encoder.embeddings
+    word, position, types = encoder.embeddings.tables()
     length = min(16, a.longest)
     ids = torch.randint(a.vocab_size, (16, length), generator=torch.Generator().manual_seed(0))
     result: list[Tensor] = []
@@ -323,15 +351,15 @@ def _with_spreads(weights: list[Tensor], encoder: PackedEncoder) -> list[Tensor]
     def add_norm(gain: Tensor, shift: Tensor, hidden: Tensor, *fed: Tensor) -> None:
         sizes = (hidden - shift).abs().amax((0, 1)).clamp(min=1e-3)
         met = torch.stack([weight.abs().amax(0) for weight in fed]).amax(0).clamp(min=1e-4)
-        result.extend((gain, shift, gain / (sizes / met).sqrt().log2().round().exp2()))
+        factor = (sizes / met).sqrt().log2().round().exp2()
+        result.extend((gain, shift, gain / torch.where(factor.isfinite() & (factor > 0), factor, 1.0)))
 
     with torch.no_grad():
-        positions = embeddings.position_embeddings.weight[a.position_offset :][:length]
-        hidden = embeddings.word_embeddings.weight[ids] + positions
-        if a.token_types:
-            hidden = hidden + embeddings.token_type_embeddings.weight[0]
+        hidden = word[ids] + position[a.position_offset :][:length]
+        if types is not None:
+            hidden = hidden + types[0]
         norm = gain, shift
-        hidden = F.layer_norm(hidden, (a.hidden_size,), *norm, a.eps)
+        hidden = F.layer_norm(hidden, (a.hidden_size,), *norm, a.eps).nan_to_num(0.0, 0.0, 0.0)
         for i in range(0, len(rest), len(LayerWeights._fields)):
             w = LayerWeights(*rest[i : i + len(LayerWeights._fields)])
             add_norm(*norm, hidden, w.query_weight, w.key_weight, w.value_weight)

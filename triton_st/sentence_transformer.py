@@ -180,7 +180,7 @@ class SentenceTransformer(Encoding):
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return self.encoder.embeddings.word_embeddings.weight.device
+        return next(self.encoder.parameters()).device
 
     @property
     def max_seq_length(self) -> int:

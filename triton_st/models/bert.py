@@ -15,7 +15,8 @@ from typing import ClassVar, cast
 from torch import nn
 from transformers import BertConfig, PretrainedConfig, RobertaConfig, XLMRobertaConfig
 
-from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, Pooler, weights_of
+from triton_st.models.architecture import Architecture
+from triton_st.models.encoder import EncoderLayer, LayerWeights, PackedEncoder, Pooler, weights_of
 
 
 class BertSelfAttention(nn.Module):

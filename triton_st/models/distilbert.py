@@ -13,7 +13,8 @@ from typing import ClassVar, cast
 from torch import nn
 from transformers import DistilBertConfig, PretrainedConfig
 
-from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, weights_of
+from triton_st.models.architecture import Architecture
+from triton_st.models.encoder import EncoderLayer, LayerWeights, PackedEncoder, weights_of
 
 
 class DistilBertSelfAttention(nn.Module):

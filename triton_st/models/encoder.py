@@ -8,9 +8,9 @@ Reference: Vaswani et al., https://arxiv.org/abs/1706.03762; Devlin et al., "BER
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,104 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from triton_st import ops
+from triton_st.models.architecture import Architecture
 from triton_st.models.attention import BiasedAttention
 from triton_st.models.functional import feed_forward, fixed_row, joined, linear
-from triton_st.models.packing import check_packed
-from triton_st.ops.packed_attention import MAX_HEAD_SIZE
+from triton_st.models.packing import check_packed, require_integers
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 STREAMS_PER_LAYER = 8
 """Streams of random numbers reserved for one layer: layer i counts from (i + 1) * 8, the embeddings have stream 0."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A config's sizes and probabilities in one spelling.
-
-    Raises:
-        ValueError: a size or probability that is impossible, or an activation that is not served.
-    """
-
-    hidden_size: int
-    layers: int
-    heads: int
-    intermediate_size: int
-    vocab_size: int
-    positions: int  # rows of the position table
-    token_types: int  # 0: the family has none
-    padding_id: int | None
-    eps: float
-    attention_dropout_p: float  # of attention weights
-    projection_dropout_p: float  # of attention's result
-    hidden_dropout_p: float  # of the embeddings and of the feed-forward block's result
-    initializer_range: float
-    position_offset: int = 0
-
-    @property
-    def longest(self) -> int:
-        """Longest sequence in tokens that the position table serves."""
-        return self.positions - self.position_offset
-
-    @staticmethod
-    def read(config: PretrainedConfig, names: Mapping[str, str | None], position_offset: int = 0) -> Architecture:
-        """Read and check `config`.
-
-        `names` maps BERT's field names to the family's, None where it has no such field; "projection_dropout_prob", for
-        which BERT has no field of its own, to None where the family drops nothing of attention's result.
-        """
-
-        def field(name: str) -> Any:
-            return getattr(config, names.get(name) or name)
-
-        def label(name: str) -> str:
-            return f"config.{names.get(name) or name}"
-
-        typed = names.get("type_vocab_size", "") is not None
-        least = {"num_hidden_layers": 0, "hidden_size": 1, "num_attention_heads": 1, "intermediate_size": 1}
-        least |= {"vocab_size": 1, "max_position_embeddings": 1 + position_offset}
-        least |= {"type_vocab_size": 1} if typed else {}
-        for name, smallest in least.items():
-            if field(name) < smallest:
-                raise ValueError(f"{label(name)}: expected at least {smallest}, got {field(name)}")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= field(name) <= 1:
-                raise ValueError(f"{label(name)}: expected a probability, 0 to 1, got {field(name)}")
-        if field("hidden_act") != "gelu":
-            raise ValueError(
-                f"{label('hidden_act')}: expected 'gelu' (erf), the one that is served, got {field('hidden_act')!r}"
-            )
-        position_type = getattr(config, "position_embedding_type", "absolute")
-        if position_type != "absolute":
-            raise ValueError(f"config.position_embedding_type: expected 'absolute', got {position_type!r}")
-        if getattr(config, "is_decoder", False):
-            raise ValueError("config.is_decoder: expected False, an encoder, got True")
-        if field("hidden_size") % field("num_attention_heads"):
-            raise ValueError(
-                f"{label('hidden_size')}: expected a multiple of num_attention_heads = "
-                f"{field('num_attention_heads')}, got {field('hidden_size')}"
-            )
-        if field("hidden_size") > MAX_HEAD_SIZE * field("num_attention_heads"):
-            raise ValueError(
-                f"{label('num_attention_heads')}: expected heads of at most {MAX_HEAD_SIZE} elements, "
-                f"got {field('hidden_size') // field('num_attention_heads')}"
-            )
-        return Architecture(
-            hidden_size=field("hidden_size"),
-            layers=field("num_hidden_layers"),
-            heads=field("num_attention_heads"),
-            intermediate_size=field("intermediate_size"),
-            vocab_size=field("vocab_size"),
-            positions=field("max_position_embeddings"),
-            token_types=config.type_vocab_size if typed else 0,
-            padding_id=position_offset - 1 if position_offset else config.pad_token_id,
-            eps=field("layer_norm_eps") if names.get("layer_norm_eps", "") is not None else 1e-12,
-            attention_dropout_p=field("attention_probs_dropout_prob"),
-            projection_dropout_p=field("hidden_dropout_prob") if "projection_dropout_prob" not in names else 0.0,
-            hidden_dropout_p=field("hidden_dropout_prob"),
-            initializer_range=config.initializer_range,
-            position_offset=position_offset,
-        )
 
 
 class LayerWeights(NamedTuple):
@@ -141,10 +52,41 @@ class LayerWeights(NamedTuple):
 
 _QKV = LayerWeights._fields.index("projection_weight")
 
+_Module = TypeVar("_Module", nn.Linear, nn.LayerNorm, nn.Embedding)
+
+
+def plain(module: nn.Module, kind: type[_Module]) -> _Module:
+    """`module`, which must be a `kind` whose parameters say all that it does: they are all that is read of it.
+
+    Raises:
+        TypeError: it is something else, has a forward of its own or hooks (an adapter, for example), or no bias.
+    """
+    if torch.compiler.is_compiling():
+        assert isinstance(module, kind)
+        return module
+    own = "forward" in module.__dict__ or getattr(type(module), "forward", None) is not kind.forward
+    if not isinstance(module, kind) or own:
+        what = f"a {type(module).__name__} with a forward of its own" if own else f"a {type(module).__name__}"
+    elif module._forward_hooks or module._forward_pre_hooks:
+        what = "one with forward hooks, which would not be called"
+    elif getattr(module, "bias", module) is None:
+        what = "one without a bias"
+    else:
+        return module
+    raise TypeError(f"encoder: expected a torch.nn.{kind.__name__} with nothing about it, got {what}; merge adapters")
+
+
+_KINDS = (*[nn.Linear] * 4, nn.LayerNorm, nn.Linear, nn.Linear, nn.LayerNorm)
+
 
 def weights_of(*modules: nn.Linear | nn.LayerNorm) -> LayerWeights:
-    """The parameters of a layer's modules: query, key, value, projection, LayerNorm, up, down, LayerNorm."""
-    return LayerWeights(*(parameter for module in modules for parameter in (module.weight, module.bias)))
+    """The parameters of a layer's modules: query, key, value, projection, LayerNorm, up, down, LayerNorm.
+
+    Raises:
+        TypeError: a module that `plain` refuses.
+    """
+    kept = [plain(module, kind) for module, kind in zip(modules, _KINDS, strict=True)]
+    return LayerWeights(*(parameter for module in kept for parameter in (module.weight, module.bias)))
 
 
 class EncoderLayer(nn.Module):
@@ -259,6 +201,21 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(a.hidden_size, eps=a.eps)
         self.architecture = architecture
 
+    def tables(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Word, position and token-type embeddings, the last None for a family without.
+
+        Raises:
+            TypeError: a module that `plain` refuses.
+        """
+        types = plain(self.token_type_embeddings, nn.Embedding).weight if self.architecture.token_types else None
+        word, position = self.word_embeddings, self.position_embeddings
+        return plain(word, nn.Embedding).weight, plain(position, nn.Embedding).weight, types
+
+    def norm(self) -> tuple[Tensor, Tensor]:
+        """Gain and shift of the LayerNorm. Raises as `tables`."""
+        norm = plain(self.LayerNorm, nn.LayerNorm)
+        return norm.weight, norm.bias
+
     def forward(
         self,
         input_ids: Tensor,
@@ -269,14 +226,14 @@ class Embeddings(nn.Module):
     ) -> Tensor:
         """input_ids, token_type_ids [T], cu_seqlens [B + 1] -> [T, D] in `dtype`; summed, normalised in float32."""
         a = self.architecture
+        word, position, types = self.tables()
         return ops.embedding_layer_norm(
             input_ids,
             cu_seqlens,
-            fixed_row(self.word_embeddings.weight, a.padding_id, input_ids),
-            self.position_embeddings.weight,
-            self.token_type_embeddings.weight if a.token_types else None,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
+            fixed_row(word, a.padding_id, input_ids),
+            position,
+            types,
+            *self.norm(),
             a.eps,
             token_type_ids=token_type_ids,
             position_offset=a.position_offset,
@@ -379,14 +336,32 @@ class PackedEncoder(nn.Module):
 
         Raises:
             TypeError, ValueError: the batch is not packed as above, a sequence is longer than the position table, or
-                (CPU) an id is outside the vocabulary.
+                (CPU) an id is outside the vocabulary. TypeError also if a module of the encoder was wrapped.
+        """
+        if not torch.compiler.is_compiling():  # traced, the operators check what they are given when they run
+            self.check_batch(input_ids, cu_seqlens, max_seqlen, token_type_ids)
+        return self.states(input_ids, cu_seqlens, max_seqlen, token_type_ids, dropout, self.activation_dtype)
+
+    def states(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None,
+        dropout: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """As `forward`, with activations in `dtype`, of a batch that is known to be packed right.
+
+        No value of a tensor is read where Triton serves and attention has no relative bias: nothing waits for the GPU,
+        and a CUDA graph can hold it.
         """
         a = self.architecture
-        if not torch.compiler.is_compiling():  # traced, the operators check what they are given when they run
-            self._check(input_ids, cu_seqlens, max_seqlen, token_type_ids)
+        if not torch.compiler.is_compiling():
+            self._check_dtype(dtype)
         batch = PackedBatch(cu_seqlens, max_seqlen, self.biased_attention(cu_seqlens, max_seqlen))
         seed = self._draw_seed(input_ids.device) if self.training and dropout else None
-        hidden = self.embeddings(input_ids, cu_seqlens, token_type_ids, self.activation_dtype, seed)
+        hidden = self.embeddings(input_ids, cu_seqlens, token_type_ids, dtype, seed)
         for i, layer in enumerate(self.layers()):
             stream = (i + 1) * STREAMS_PER_LAYER
             dropouts = (a.attention_dropout_p, a.projection_dropout_p, a.hidden_dropout_p)
@@ -404,15 +379,24 @@ class PackedEncoder(nn.Module):
             return None
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
-    def _check(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids: Tensor | None) -> None:
-        if self.activation_dtype not in ACTIVATION_DTYPES:
-            raise ValueError(f"activation_dtype: expected one of {ACTIVATION_DTYPES}, got {self.activation_dtype}")
-        parameters = self.embeddings.word_embeddings.weight.dtype
-        if parameters != torch.promote_types(self.activation_dtype, torch.float32):
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype not in ACTIVATION_DTYPES:
+            raise ValueError(f"activation_dtype: expected one of {ACTIVATION_DTYPES}, got {dtype}")
+        parameters = self.embeddings.tables()[0].dtype
+        if parameters != torch.promote_types(dtype, torch.float32):
             raise TypeError(
                 f"parameters: expected float32 (float64 with activation_dtype float64), got {parameters} with "
-                f"activation_dtype {self.activation_dtype}; half precision is chosen by activation_dtype alone"
+                f"activation_dtype {dtype}; half precision is chosen by activation_dtype alone"
             )
+
+    def check_batch(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, token_type_ids: Tensor | None
+    ) -> None:
+        """Check that a batch is what `forward` takes; max_seqlen None: not asked.
+
+        Raises:
+            TypeError, ValueError: it is not, naming the argument.
+        """
         lengths = check_packed(input_ids, cu_seqlens, max_seqlen)
         longest = max(lengths, default=0)
         a = self.architecture
@@ -426,6 +410,7 @@ class PackedEncoder(nn.Module):
         if token_type_ids is not None:
             if not a.token_types:
                 raise ValueError(f"token_type_ids: expected None, {self.config.model_type} has no token types")
+            require_integers("token_type_ids", token_type_ids, "int64")
             if token_type_ids.shape != input_ids.shape:
                 raise ValueError(
                     f"token_type_ids: expected shape {tuple(input_ids.shape)}, got {tuple(token_type_ids.shape)}"

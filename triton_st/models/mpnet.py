@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import MPNetConfig, PretrainedConfig
 
+from triton_st.models.architecture import Architecture
 from triton_st.models.attention import AttentionPlan, BiasedAttention, untraced
 from triton_st.models.bert import BertIntermediate, BertOutput
-from triton_st.models.encoder import Architecture, EncoderLayer, LayerWeights, PackedEncoder, Pooler, weights_of
+from triton_st.models.encoder import EncoderLayer, LayerWeights, PackedEncoder, Pooler, weights_of
 
 _PADDING_ID = 1
 """transformers' MPNet has it whatever the config says; positions count from the next."""

@@ -84,19 +84,19 @@ def to_device(features: Features, device: torch.device | str) -> Features:
     }
 
 
-def check_packed(input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[int]:
+def check_packed(input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> list[int]:
     """Check that a batch is packed as this module says, and return the length of every sequence.
+
+    `max_seqlen` may be None, for what has no use for it.
 
     Raises:
         TypeError: a tensor of another dtype, or `max_seqlen` is no int.
         ValueError: another shape, or `cu_seqlens` does not start at 0, descends, or does not end at T, or a sequence is
             longer than `max_seqlen`.
     """
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids: expected int64, got {input_ids.dtype}")
-    if cu_seqlens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"cu_seqlens: expected int32, got {cu_seqlens.dtype}")
-    if not isinstance(max_seqlen, int):
+    require_integers("input_ids", input_ids, "int64")
+    require_integers("cu_seqlens", cu_seqlens, "int32")
+    if max_seqlen is not None and not isinstance(max_seqlen, int):
         raise TypeError(f"max_seqlen: expected an int, got {type(max_seqlen).__name__}")
     if input_ids.dim() != 1:
         raise ValueError(f"input_ids: expected a flat run of tokens [T], got shape {tuple(input_ids.shape)}")
@@ -113,6 +113,16 @@ def check_packed(input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list
     if min(lengths, default=0) < 0:
         at = next(i for i, length in enumerate(lengths) if length < 0)
         raise ValueError(f"cu_seqlens: expected ascending offsets, got {bounds[at]} before {bounds[at + 1]}")
-    if max(lengths, default=0) > max_seqlen:
+    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
         raise ValueError(f"max_seqlen: expected at least {max(lengths)}, the longest sequence, got {max_seqlen}")
     return lengths
+
+
+def require_integers(name: str, ids: Tensor, usual: str) -> None:
+    """`ids` is a tensor of int64 or int32, of which `usual` is the usual one.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected {usual}, got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}")
