@@ -15,6 +15,7 @@ from test_extension import finish, start
 
 from triton_st import SentenceTransformer, backend
 from triton_st.engine import DTYPES, Engine
+from triton_st.inference import _say_once
 from triton_st.models import BertModel, DistilBertModel, MPNetModel, RobertaModel, pack
 from triton_st.models.pooling import POOLING_MODES, Pooling
 
@@ -388,6 +389,8 @@ def test_an_error_while_tokenizing_comes_through() -> None:
 
 # --- SentenceTransformer ---
 
+TEXTS = ["the boy plays", "a dog", "", "the small cat sleeps near the old tree with a ball"]
+
 
 @every_precision
 def test_encode_is_the_engine_s(dtype: str) -> None:
@@ -406,6 +409,49 @@ def test_encode_is_the_engine_s(dtype: str) -> None:
     assert torch.equal(model.encode(texts, truncate_dim=7, convert_to_tensor=True), actual[:, :7])
     model.train()
     assert model._cpu_engine() is None  # another thread may be writing to the parameters
+
+
+@every_precision
+def test_token_states_are_the_engine_s(dtype: str) -> None:
+    """Of one precision with the embeddings, and the same to the last bit in any batch."""
+    model = small_model().eval()
+    exact = model.encode(TEXTS, output_value="token_embeddings")
+    model.inference_dtype = dtype
+    states = model.encode(TEXTS * 150, output_value="token_embeddings")
+    for text, actual, expected in zip(TEXTS, states, exact, strict=False):
+        assert actual.dtype == torch.float32
+        assert torch.cosine_similarity(actual, expected).min() >= CLOSE[dtype]
+        assert torch.equal(actual, expected) == (dtype == "float32")
+        assert torch.equal(model.encode(text, output_value="token_embeddings"), actual)
+    everything = model.encode(TEXTS, output_value=None, truncate_dim=20)
+    embeddings = model.encode(TEXTS, convert_to_tensor=True, truncate_dim=20)
+    for i, item in enumerate(everything):
+        assert torch.equal(item["sentence_embedding"], embeddings[i])
+        assert torch.equal(item["token_embeddings"], states[i])
+        assert item["input_ids"].tolist() == model.tokenize(TEXTS[i : i + 1])["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("output_value", ["sentence_embedding", "token_embeddings"])
+def test_precision_where_the_engine_does_not_serve(output_value: str) -> None:
+    model = small_model().train()
+    found = {}
+    for dtype in DTYPES:
+        model.inference_dtype = dtype
+        found[dtype] = model.encode(TEXTS[:1], output_value=output_value)[0]
+    assert (found["int8"] == found["float32"]).all()
+    for dtype in ("float16", "bfloat16"):
+        assert 0 < abs(found[dtype] - found["float32"]).max() < 0.05
+    with model.activations_in(torch.bfloat16):  # asked for by name, it goes first
+        assert (model.encode(TEXTS[:1], output_value=output_value)[0] == found["bfloat16"]).all()
+
+
+def test_int8_elsewhere_says_what_serves_once(caplog: pytest.LogCaptureFixture) -> None:
+    _say_once.cache_clear()
+    model = small_model().train()
+    model.inference_dtype = "int8"
+    for _ in range(2):
+        model.encode(TEXTS)
+    assert caplog.text.count("dtype int8 is for inference on the CPU, with its kernels; float32 serves here") == 1
 
 
 def test_all_minilm_in_every_precision(minilm_folder: Path, shared_data: Path) -> None:

@@ -14,7 +14,7 @@ import transformers
 
 from tests.small_model import WORDS, small_model, small_tokenizer
 from triton_st import SentenceTransformer
-from triton_st.encoding import _token_batches
+from triton_st.inference import _token_batches
 from triton_st.models import BertModel
 
 TEXTS = [

@@ -9,16 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from triton_st import multi_process, util
-from triton_st.engine import Engine
-from triton_st.engine import problem as engine_problem
-from triton_st.models.encoder import PackedEncoder
-from triton_st.models.packing import Features, pack, to_device
-from triton_st.models.pooling import Normalize, Pooling
+from triton_st.engine import settle_after_fork
+from triton_st.inference import Inference
+from triton_st.models.packing import Features, pack
 from triton_st.quantization import check_precision, quantize_embeddings, quantized_shape
 
 logger = logging.getLogger(__name__)
@@ -26,30 +23,18 @@ logger = logging.getLogger(__name__)
 _TOKENS_PER_TEXT = 64
 """A batch of `encode` holds as many tokens as `batch_size` texts of this length, however long its texts are."""
 
-_TEXTS_AT_ONCE = 4096
-"""Texts that the tokenizer is given at a time: enough for its threads, few enough to hold their full encodings."""
+_ROWS_AT_ONCE = 16_384
+"""Embeddings in memory at a time where they go to an array of the caller's."""
 
 _OUTPUTS = ("sentence_embedding", "token_embeddings", None)
 
 
-class Encoding(nn.Module):
-    """The part of a `SentenceTransformer` that turns texts into embeddings."""
+class Encoding(Inference):
+    """The part of a `SentenceTransformer` that answers what is asked of it: texts in, embeddings in any form out."""
 
-    encoder: PackedEncoder
-    tokenizer: PreTrainedTokenizerBase
-    pooling: Pooling
-    head: nn.ModuleList
-    inference_dtype: str = "float32"  # one of `triton_st.engine.DTYPES`
-    _engine: Engine | None = None
     prompts: dict[str, str]
     default_prompt_name: str | None
-    max_seq_length: int
     truncate_dim: int | None
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        raise NotImplementedError
 
     def _dimension(self) -> int:
         """Dimension of an embedding before it is truncated."""
@@ -62,20 +47,6 @@ class Encoding(nn.Module):
             TypeError: an entry is no string, naming its index.
         """
         return pack(self._token_ids(_checked_texts(texts)))
-
-    def _token_ids(self, texts: list[str]) -> list[list[int]]:
-        # The padding and truncation that a tokenizer.json carries are not this model's: all-MiniLM's pads to 128.
-        backend = self.tokenizer.backend_tokenizer
-        rule = {"max_length": self.max_seq_length, "direction": self.tokenizer.truncation_side, "stride": 0}
-        if backend.padding is not None:  # set only what differs: another thread may be encoding
-            backend.no_padding()
-        if backend.truncation is None or not rule.items() <= backend.truncation.items():
-            backend.enable_truncation(**rule)
-        try:
-            return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
-        except TypeError:  # lone surrogates, which UTF-8 cannot carry
-            texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-            return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
 
     def encode(
         self,
@@ -103,8 +74,12 @@ class Encoding(nn.Module):
         """Embed texts.
 
         Texts are sorted by length and cut into batches of `batch_size` * 64 tokens, without padding; results come in
-        the order of the input. There is no dropout, whatever mode the model is in: another thread may train it. On the
-        CPU, in evaluation mode, `triton_st.engine` computes in `inference_dtype`, and batches are its own affair.
+        the order of the input. There is no dropout, whatever mode the model is in: another thread may train it.
+
+        What is computed in is the model's `dtype`, for every `output_value`. On the CPU, in evaluation mode,
+        `triton_st.engine` does it, and batches are its own affair. Elsewhere activations are stored in float32, float16
+        or bfloat16 (on a GPU small batches are CUDA graphs, see `triton_st.graphs`), and int8, which the engine alone
+        has, is float32 with a warning.
 
         Args:
             inputs: a text, or texts in a list, tuple, array, column, generator, … `sentences` is its older name.
@@ -120,7 +95,8 @@ class Encoding(nn.Module):
             truncate_dim: keep the first dimensions only (before normalising); the model's `truncate_dim` by default.
             pool: a pool of `start_multi_process_pool` to encode in. chunk_size: texts that a process takes at a time.
             task: taken for sentence-transformers' sake, and not used: every text takes the same way.
-            out: an array, say a memory map, that the embeddings are written to; it is what is returned.
+            out: an array, say a memory map, that the embeddings are written to, block by block; it is what is returned.
+                If an exception ends the call, KeyboardInterrupt for one, the blocks written by then stay.
             ranges, calibration_embeddings: make int8 and uint8 codes of several calls comparable, as
                 `triton_st.quantization.quantize_embeddings` says.
 
@@ -131,6 +107,7 @@ class Encoding(nn.Module):
             TypeError: an entry is no string, naming its index.
             ValueError: an argument out of range or not served, or an unknown prompt name.
         """
+        settle_after_fork()
         if (inputs is None) == (sentences is None):
             raise TypeError("inputs: expected a string or strings" + (", got None" if inputs is None else " once"))
         given: str | Iterable[str] = sentences if inputs is None else inputs  # type: ignore[assignment]
@@ -152,6 +129,11 @@ class Encoding(nn.Module):
         if out is not None:
             _check_out(out, (len(texts), *quantized_shape(dimension, precision)), output_value)
 
+        def finished(embeddings: Tensor) -> Tensor | np.ndarray:
+            if precision == "float32":
+                return embeddings
+            return quantize_embeddings(embeddings, precision, ranges, calibration_embeddings)
+
         if pool is not None or isinstance(device, list):
             arguments = {
                 "prompt": before,
@@ -164,24 +146,31 @@ class Encoding(nn.Module):
             if output_value != "sentence_embedding":
                 items = [item for chunk in chunks for item in chunk]
                 return items[0] if single else items
-            embeddings = torch.from_numpy(np.concatenate([np.empty((0, dimension), np.float32), *chunks]))
-        else:
-            if device is not None:
-                self.to(device)
-            with tqdm(total=len(texts), desc="Encode", unit="text", disable=not show_progress_bar) as bar:
-                tokens = batch_size * _TOKENS_PER_TEXT
-                if output_value != "sentence_embedding":
-                    items = self._features(texts, before, tokens, truncate_dim, bar)
-                    if output_value is not None:
-                        items = [item[output_value] for item in items]
-                    return items[0] if single else items
-                embeddings = self._embeddings(texts, before, tokens, dimension, bar)
-            if normalize_embeddings:
-                embeddings = util.normalize_embeddings(embeddings)
-        result: Tensor | np.ndarray = embeddings
-        if precision != "float32":
-            result = quantize_embeddings(embeddings, precision, ranges, calibration_embeddings)
-        return _delivered(result, out, single, convert_to_numpy, convert_to_tensor)
+            rows = finished(torch.from_numpy(np.concatenate([np.empty((0, dimension), np.float32), *chunks])))
+            if out is not None:
+                out[:] = np.asarray(rows)
+            return _delivered(rows, out, single, convert_to_numpy, convert_to_tensor)
+
+        if device is not None:
+            self.to(device)
+        tokens = batch_size * _TOKENS_PER_TEXT
+        with tqdm(total=len(texts), desc="Encode", unit="text", disable=not show_progress_bar) as bar:
+            if output_value != "sentence_embedding":
+                items = self._features(texts, before, tokens, dimension, output_value is None, bar)
+                if output_value is not None:
+                    items = [item[output_value] for item in items]
+                return items[0] if single else items
+            row_by_row = precision not in ("int8", "uint8") or ranges is not None or calibration_embeddings is not None
+            at_once = _ROWS_AT_ONCE if out is not None and row_by_row else max(len(texts), 1)
+            for start in range(0, max(len(texts), 1), at_once):
+                part = slice(start, start + at_once)
+                embeddings = self._embeddings(texts[part], before, tokens, dimension, bar)
+                if normalize_embeddings:
+                    embeddings = util.normalize_embeddings(embeddings)
+                rows = finished(embeddings)
+                if out is not None:
+                    out[part] = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
+        return _delivered(rows, out, single, convert_to_numpy, convert_to_tensor)
 
     def encode_query(self, inputs: str | Iterable[str] | None = None, **kwargs: Any) -> Any:
         """`encode` with the prompt named "query", if the model has one and none is given. Arguments as `encode`."""
@@ -262,82 +251,6 @@ class Encoding(nn.Module):
             raise ValueError(f"prompt_name: expected one of {list(self.prompts)}, got {name!r}")
         return None if name is None else self.prompts[name]
 
-    def _batches(self, texts: list[str], prompt: str, tokens: int, bar: tqdm) -> Iterator[tuple[list[int], Features]]:
-        """The indices of each batch's texts, longest first, and the batch's outputs."""
-        ids = [
-            text_ids
-            for start in range(0, len(texts), _TEXTS_AT_ONCE)
-            for text_ids in self._token_ids([prompt + text for text in texts[start : start + _TEXTS_AT_ONCE]])
-        ]
-        for members in _token_batches([len(text_ids) for text_ids in ids], tokens):
-            features = to_device(pack([ids[i] for i in members]), self.device)
-            if prompt and not self.pooling.include_prompt:
-                features["prompt_length"] = self._prompt_length(prompt)
-            with torch.inference_mode():
-                outputs = self(features, dropout=False)
-            yield members, outputs
-            bar.update(len(members))
-
-    def _prompt_length(self, prompt: str) -> int:
-        """Tokens that a prompt takes at the beginning of a text: with the special ones before it, not those after."""
-        [ids] = self._token_ids([prompt])
-        return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
-
-    def _embeddings(self, texts: list[str], prompt: str, tokens: int, dimension: int, bar: tqdm) -> Tensor:
-        embeddings = torch.empty(len(texts), dimension, device=self.device)
-        if (engine := self._cpu_engine()) is not None:
-            self._embed_with(engine, texts, prompt, embeddings, bar)
-            return embeddings
-        for members, outputs in self._batches(texts, prompt, tokens, bar):
-            embeddings[members] = outputs["sentence_embedding"][:, :dimension].float()
-        return embeddings
-
-    def _cpu_engine(self) -> Engine | None:
-        """The engine for inference, if it serves the model as it stands; the model itself serves otherwise."""
-        encoder = self.encoder
-        if self.training or encoder.activation_dtype != torch.float32 or engine_problem(encoder) is not None:
-            return None
-        if self._engine is None or self._engine.encoder is not encoder or self._engine.dtype != self.inference_dtype:
-            self._engine = Engine(encoder, self.inference_dtype)
-        return self._engine
-
-    def _embed_with(self, engine: Engine, texts: list[str], prompt: str, out: Tensor, bar: tqdm) -> None:
-        """Embed into out [n, dimension]; texts are tokenized while others are embedded."""
-        unit = len(self.head) == 1 and isinstance(self.head[0], Normalize)
-        direct = unit or len(self.head) == 0
-        pooled = out if direct else torch.empty(len(texts), self.pooling.output_dimension(engine.hidden_size))
-        with torch.inference_mode():
-            engine.embed_texts(
-                texts,
-                lambda some: self._token_ids([prompt + text for text in some] if prompt else some),
-                pooled,
-                pooling=self.pooling.modes,
-                prompt_length=self._prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0,
-                normalize=unit,
-                done=bar.update,
-            )
-            if not direct:
-                for module in self.head:
-                    pooled = module(pooled)
-                out.copy_(pooled[:, : out.shape[1]])
-
-    def _features(
-        self, texts: list[str], prompt: str, tokens: int, truncate_dim: int | None, bar: tqdm
-    ) -> list[dict[str, Tensor]]:
-        """Of every text: `input_ids` [L], `token_embeddings` [L, D], `sentence_embedding` [D]."""
-        items: dict[int, dict[str, Tensor]] = {}
-        for members, outputs in self._batches(texts, prompt, tokens, bar):
-            lengths = outputs["cu_seqlens"].diff().tolist()
-            ids, states = (outputs[name].split(lengths) for name in ("input_ids", "token_embeddings"))
-            pooled = outputs["sentence_embedding"][:, :truncate_dim].float()
-            for i, text_ids, text_states, embedding in zip(members, ids, states, pooled, strict=True):
-                items[i] = {
-                    "input_ids": text_ids,
-                    "token_embeddings": text_states.float(),
-                    "sentence_embedding": embedding,
-                }
-        return [items[i] for i in range(len(texts))]
-
 
 def checked_truncate_dim(value: Any) -> int | None:
     """None or a positive int; else ValueError."""
@@ -377,7 +290,6 @@ def _delivered(
 ) -> Any:
     """Embeddings [n, D] in the form that was asked for."""
     if out is not None:
-        out[:] = embeddings.cpu().numpy() if isinstance(embeddings, Tensor) else embeddings
         return out[0] if single else out
     if to_tensor or not to_numpy:
         tensor = torch.as_tensor(embeddings)
@@ -386,16 +298,3 @@ def _delivered(
         return tensor if to_tensor else list(tensor)
     array = embeddings.cpu().numpy() if isinstance(embeddings, Tensor) else embeddings
     return array[0] if single else array
-
-
-def _token_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Cut texts, longest first, into batches of at most `tokens` tokens (a longer text goes alone)."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = total = 0
-    for end, i in enumerate(order):
-        if end > start and total + lengths[i] > tokens:
-            yield order[start:end]
-            start, total = end, 0
-        total += lengths[i]
-    if start < len(order):
-        yield order[start:]

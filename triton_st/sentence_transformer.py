@@ -44,8 +44,8 @@ class SentenceTransformer(Encoding):
         model_card_data: what the card written by `save_pretrained` is made from.
         similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan"; the saved one by default, else "cosine".
         truncate_dim: keep only the first dimensions of every embedding.
-        dtype: what `encode` computes in on the CPU, see `triton_st.engine.Engine`: "float32", "float16", "bfloat16" or
-            "int8"; also as `model_kwargs={"dtype": …}`. Parameters stay float32.
+        dtype: what `encode` computes in: "float32", "float16", "bfloat16" or, on the CPU, "int8" (see
+            `triton_st.engine.Engine`); also as `model_kwargs={"dtype": …}`. Parameters stay float32.
 
     Attributes:
         encoder: the `PackedEncoder`. tokenizer: a fast tokenizer of transformers.
@@ -278,10 +278,7 @@ class SentenceTransformer(Encoding):
             features.get("token_type_ids"),
             dropout=dropout,
         )
-        pooled = self.pooling(hidden, features["cu_seqlens"], features.get("prompt_length", 0))
-        for module in self.head:
-            pooled = module(pooled)
-        return {**features, "token_embeddings": hidden, "sentence_embedding": pooled}
+        return self._outputs(features, hidden)
 
     @contextlib.contextmanager
     def activations_in(self, dtype: torch.dtype) -> Iterator[None]:
