@@ -167,6 +167,39 @@ Tensor encoder_pack(int64_t precision, int64_t layers, int64_t hidden, int64_t h
   return with_precision(static_cast<Precision>(precision), [&](auto p) { return pack<decltype(p)>(sizes, weights); });
 }
 
+// x [n, K] · weight [N, K]ᵀ + bias, every row's bits its own: a library's product depends on how many rows there are.
+Tensor encoder_dense(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.is_contiguous() &&
+                      weight.is_contiguous() && x.scalar_type() == ScalarType::Float &&
+                      weight.scalar_type() == ScalarType::Float,
+                  "encoder_dense: expected contiguous float32 [n, K] and [N, K]");
+  STD_TORCH_CHECK(!bias || (bias->numel() == weight.size(0) && bias->is_contiguous() &&
+                            bias->scalar_type() == ScalarType::Float),
+                  "encoder_dense: expected a contiguous float32 bias [N]");
+  const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0), padded = round_up(outputs, kPanel);
+  Buffer panels(inputs * padded), biases(padded);
+  const Dense dense{panels.get(), biases.get(), nullptr, nullptr, inputs, padded};
+  DenseSource source{{}, {}, plain_features(inputs, inputs), {}};
+  for (int64_t n = 0; n < padded; ++n) {
+    source.rows.push_back(n < outputs ? static_cast<const float*>(weight.const_data_ptr()) + n * inputs : nullptr);
+    source.bias.push_back(bias && n < outputs ? static_cast<const float*>(bias->const_data_ptr())[n] : 0.f);
+  }
+  pack_dense<FloatPrecision>(dense, source);
+  Tensor out = empty({rows, outputs}, ScalarType::Float);
+  float* result = data<float>(out);
+  const Operand operand{static_cast<const float*>(x.const_data_ptr()), inputs, nullptr, nullptr};
+  constexpr int64_t kRows = 8 * kTileRows;
+  parallel(ceil_div(rows, kRows), rows * inputs * outputs / 64, [&](int64_t block) {
+    const int64_t row = block * kRows;
+    dense_product<FloatPrecision>(operand, row, std::min(kRows, rows - row), dense, 0, padded / kPanel,
+                                  [&](int64_t r, int64_t c, Vec low, Vec high) {
+                                    store_some(result + r * outputs + c, low, outputs - c);
+                                    store_some(result + r * outputs + c + kWidth, high, outputs - c - kWidth);
+                                  });
+  });
+  return out;
+}
+
 const int32_t* integers(const std::optional<Tensor>& x) {
   if (!x) return nullptr;
   STD_TORCH_CHECK(x->scalar_type() == ScalarType::Int && x->is_contiguous(), "expected contiguous int32");
@@ -227,6 +260,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(triton_st_cpp, m) {
   m.def(
       "encoder_pack(int precision, int layers, int hidden, int heads, int intermediate, float eps, Tensor[] weights) "
       "-> Tensor");
+  m.def("encoder_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "encoder_forward(Tensor packed, Tensor word, Tensor position, Tensor? token_type, Tensor? position_bias, "
       "int position_offset, Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, int pooling, "
@@ -235,6 +269,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(triton_st_cpp, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(triton_st_cpp, CPU, m) {
   m.impl("encoder_pack", TORCH_BOX(&encoder_pack));
+  m.impl("encoder_dense", TORCH_BOX(&encoder_dense));
   m.impl("encoder_forward", TORCH_BOX(&encoder_forward));
 }
 

@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from triton_st import backend
 from triton_st.models.encoder import LayerWeights, PackedEncoder
-from triton_st.models.pooling import POOLING_MODES
+from triton_st.models.pooling import POOLING_MODES, Dense
 from triton_st.reference.normalize import saturate
 
 logger = logging.getLogger(__name__)
@@ -242,6 +242,10 @@ class Engine:
         out = torch.empty(len(ids), self.encoder.architecture.hidden_size)
         self._forward(ids, offsets, types, (), 0, False, out)
         return out
+
+    def dense(self, module: Dense, x: Tensor) -> Tensor:
+        """`module` of embeddings x, float32 [B, in_features], each of which has the bits that it has alone."""
+        return module.row_by_row(x, torch.ops.triton_st_cpp.encoder_dense)
 
     def _checked(
         self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None

@@ -18,7 +18,7 @@ from triton_st.engine import problem as engine_problem
 from triton_st.graphs import GraphedEncoder, eager_states
 from triton_st.models.encoder import PackedEncoder
 from triton_st.models.packing import Features, pack, to_device
-from triton_st.models.pooling import Normalize, Pooling
+from triton_st.models.pooling import Dense, Normalize, Pooling
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class Inference(nn.Module):
             )
             if not direct:
                 for module in self.head:
-                    pooled = module(pooled)
+                    pooled = engine.dense(module, pooled) if isinstance(module, Dense) else module(pooled)
                 out.copy_(pooled[:, : out.shape[1]])
 
     def _features(

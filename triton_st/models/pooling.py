@@ -6,7 +6,7 @@ The modules are sentence-transformers' own, by name, setting and parameter, over
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -140,6 +140,23 @@ class Dense(nn.Module):
         if self.use_residual:
             out = out + (self.residual(wide) if hasattr(self, "residual") else wide)
         return out.to(x.dtype)
+
+    def row_by_row(self, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        """As `forward` in float32, with the bits that each row has alone.
+
+        Args:
+            x: [B, in_features].
+            product: from x, weight and bias to x W^T + b, every row's bits its own.
+        """
+        out = product(x, self.linear.weight.detach(), None if self.linear.bias is None else self.linear.bias.detach())
+        if isinstance(self.activation_function, (nn.Identity, nn.Tanh)):
+            out = self.activation_function(out)
+        else:  # torch may compute the last elements of a piece of memory in another way than those before them
+            for i in range(len(out)):
+                out[i : i + 1] = self.activation_function(out[i : i + 1])
+        if self.use_residual:
+            out = out + (product(x, self.residual.weight.detach(), None) if hasattr(self, "residual") else x)
+        return out
 
     def config(self) -> dict[str, Any]:
         """The settings, as the module's config.json holds them."""
