@@ -6,10 +6,10 @@ PY := $(VENV)/bin/python
 # A pip that an environment variable points elsewhere would install outside .venv.
 PIP := env -u PIP_TARGET -u PIP_PREFIX -u PIP_USER $(PY) -m pip install --quiet --disable-pip-version-check
 DEMO_DIR ?= out/demo
-OPERATORS := mean_pool cosine_similarity mnrl_loss mnrl_options packed_attention dropout_add_layer_norm \
-	embedding_layer_norm bias_gelu layer_norm_mean_pool bert_layer
+OPERATORS := mean_pool cosine_similarity cosine_topk mnrl_loss mnrl_options packed_attention \
+	dropout_add_layer_norm embedding_layer_norm bias_gelu layer_norm_mean_pool bert_layer
 OPERATOR_TESTS := $(patsubst %,tests/test_%.py,packed_attention dropout_add_layer_norm embedding_layer_norm bias_gelu \
-	layer_norm_mean_pool philox mean_pool cosine_similarity mnrl_loss)
+	layer_norm_mean_pool philox mean_pool cosine_similarity cosine_topk mnrl_loss)
 
 .PHONY: help demo test clients sanitize check bench kernels gpu clean
 help:

@@ -240,17 +240,15 @@ inline constexpr int64_t kSumSteps = 128;
 // Columns of scores computed at a time: their packed operand stays in the second-level cache.
 inline constexpr int64_t kScoreColumns = 256;
 
-// Raw products of rows [first_row, first_row + row_count) of a with the rows of b, both times their power of two, a few
-// rows at a time: consume(i, products) gets those of row i of a, products[j] being with row j of b (b.rows ≤
-// kScoreColumns).
+// Raw products of rows [first_row, first_row + row_count) of a, times their power of two, with `columns` ≤ kScoreColumns
+// columns that pack_transposed packed, a few rows at a time: consume(i, products) gets those of row i, products[j] being
+// with column j.
 template <class T, class Consume>
-void score_block(Matrix<const T> a, const float* a_power, bool a_unscaled, int64_t first_row, int64_t row_count,
-                 Matrix<const T> b, const float* b_power, Consume&& consume) {
+void score_rows(Matrix<const T> a, const float* a_power, bool a_unscaled, int64_t first_row, int64_t row_count,
+                const float* right, int64_t columns, Consume&& consume) {
   constexpr bool kPaired = kPairs<T>;
-  const int64_t steps = lanes<kPaired>(a.cols), panels = ceil_div(b.rows, kPanel);
+  const int64_t steps = lanes<kPaired>(a.cols), panels = ceil_div(columns, kPanel);
   const int64_t parts = std::max<int64_t>(ceil_div(steps, kSumSteps), 1);
-  float* right = product_scratch.right.reserve(panels * kPanel * steps);
-  pack_transposed<kPaired>(b, b_power, right);
   float* block = product_scratch.block.reserve(kTileRows * kScoreColumns);
   // Rows that are lanes as they lie in memory need no packing.
   constexpr bool kLanesInMemory = kPaired || std::is_same_v<T, float>;
@@ -278,6 +276,15 @@ void score_block(Matrix<const T> a, const float* a_power, bool a_unscaled, int64
     }
     for (int64_t r = 0; r < count; ++r) consume(row + r, block + r * kScoreColumns);
   });
+}
+
+// The same with the rows of b (b.rows ≤ kScoreColumns), times their power of two, for columns.
+template <class T, class Consume>
+void score_block(Matrix<const T> a, const float* a_power, bool a_unscaled, int64_t first_row, int64_t row_count,
+                 Matrix<const T> b, const float* b_power, Consume&& consume) {
+  float* right = product_scratch.right.reserve(round_up(b.rows, kPanel) * lanes<kPairs<T>>(b.cols));
+  pack_transposed<kPairs<T>>(b, b_power, right);
+  score_rows<T>(a, a_power, a_unscaled, first_row, row_count, right, b.rows, consume);
 }
 
 // Nanoseconds that the product of [m, k] and [k, n] takes, roughly.

@@ -1,7 +1,7 @@
 """Similarities between embeddings under sentence-transformers' names and signs (distances are negated).
 
 Every function takes lists, numpy arrays or tensors; a single vector counts as one row where a matrix is computed. Half
-precision is widened to float32 first, since scores rounded to half tie where they should not.
+precision is scored in float32, since scores rounded to half tie where they should not.
 
 Reference: https://sbert.net/docs/package_reference/util.html.
 """
@@ -20,7 +20,8 @@ from triton_st import ops, reference
 Embeddings: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 
 
-def _float_tensor(embeddings: Embeddings) -> Tensor:
+def _tensor(embeddings: Embeddings) -> Tensor:
+    """As a floating-point tensor."""
     if isinstance(embeddings, Tensor):
         tensor = embeddings
     elif isinstance(embeddings, np.ndarray):
@@ -33,14 +34,17 @@ def _float_tensor(embeddings: Embeddings) -> Tensor:
         tensor = torch.from_numpy(np.stack(embeddings))
     else:
         tensor = torch.tensor(embeddings)
-    if not tensor.is_floating_point():
-        return tensor.float()
+    return tensor if tensor.is_floating_point() else tensor.float()
+
+
+def _float_tensor(embeddings: Embeddings) -> Tensor:
+    tensor = _tensor(embeddings)
     return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
 
 
-def _matrices(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
+def _matrices(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both as [rows, D] of one dtype."""
-    pair = [tensor.unsqueeze(0) if tensor.dim() == 1 else tensor for tensor in (_float_tensor(a), _float_tensor(b))]
+    pair = [tensor.unsqueeze(0) if tensor.dim() == 1 else tensor for tensor in (a, b)]
     dtype = torch.promote_types(pair[0].dtype, pair[1].dtype)
     left, right = (tensor.to(dtype) for tensor in pair)
     if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[1]:
@@ -48,6 +52,10 @@ def _matrices(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
             f"a, b: expected [M, D] and [N, D] with one D, got {tuple(left.shape)} and {tuple(right.shape)}"
         )
     return left, right
+
+
+def _float_matrices(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
+    return _matrices(_float_tensor(a), _float_tensor(b))
 
 
 def _rows(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
@@ -59,23 +67,23 @@ def _rows(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
 
 def cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """Cosine similarity of every row of a [M, D] with every row of b [N, D] -> [M, N]; 0 for a zero vector."""
-    return ops.cosine_similarity(*_matrices(a, b))
+    return ops.cosine_similarity(*_float_matrices(a, b))
 
 
 def dot_score(a: Embeddings, b: Embeddings) -> Tensor:
     """Dot product of every row of a [M, D] with every row of b [N, D] -> [M, N]."""
-    left, right = _matrices(a, b)
+    left, right = _float_matrices(a, b)
     return left @ right.T
 
 
 def euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """Negated Euclidean distance of every row of a [M, D] to every row of b [N, D] -> [M, N]."""
-    return -torch.cdist(*_matrices(a, b), p=2.0)
+    return -torch.cdist(*_float_matrices(a, b), p=2.0)
 
 
 def manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """Negated Manhattan distance of every row of a [M, D] to every row of b [N, D] -> [M, N]."""
-    return -torch.cdist(*_matrices(a, b), p=1.0)
+    return -torch.cdist(*_float_matrices(a, b), p=1.0)
 
 
 def pairwise_cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
@@ -126,9 +134,13 @@ def semantic_search(
 ) -> list[list[dict[str, int | float]]]:
     """The `top_k` rows of a corpus that score highest for each query.
 
+    By the cosine it is `ops.cosine_topk`, whose memory does not grow with the corpus: chunk sizes then mean nothing,
+    half precision is read as it is (and scored in float32), and of equal scores the lower row comes first.
+
     Args:
         query_embeddings: [Q, D], or [D] for one query. corpus_embeddings: [N, D].
-        query_chunk_size, corpus_chunk_size: how many of each are scored at a time, which bounds the memory.
+        query_chunk_size, corpus_chunk_size: how many of each `score_function` is given at a time, which bounds the
+            memory.
         top_k: how many to find; all of a smaller corpus.
         score_function: [Q, D], [N, D] -> [Q, N].
 
@@ -145,7 +157,11 @@ def semantic_search(
             raise ValueError(f"{name}: expected a positive int, got {value!r}")
     if top_k <= 0:
         raise ValueError(f"top_k: expected a positive int, got {top_k!r}")
-    queries, corpus = _matrices(query_embeddings, corpus_embeddings)
+    if score_function is cos_sim:
+        queries, corpus = _matrices(_tensor(query_embeddings), _tensor(corpus_embeddings))
+        scores, rows = ops.cosine_topk(queries.to(corpus.device), corpus, int(top_k))
+        return _hits(scores, rows)
+    queries, corpus = _float_matrices(query_embeddings, corpus_embeddings)
     queries = queries.to(corpus.device)
     found: list[list[dict[str, int | float]]] = []
     for chunk in queries.split(query_chunk_size):
@@ -157,8 +173,13 @@ def semantic_search(
             candidates = torch.cat([best, scores], 1)
             best, index = candidates.topk(min(top_k, candidates.shape[1]), dim=1)
             rows = torch.cat([rows, numbers], 1).gather(1, index)
-        found += [
-            [{"corpus_id": row, "score": score} for row, score in zip(*pair, strict=True)]
-            for pair in zip(rows.tolist(), best.tolist(), strict=True)
-        ]
+        found += _hits(best, rows)
     return found
+
+
+def _hits(scores: Tensor, rows: Tensor) -> list[list[dict[str, int | float]]]:
+    """Scores and corpus rows, both [Q, k], as sentence-transformers returns them."""
+    return [
+        [{"corpus_id": row, "score": score} for row, score in zip(*pair, strict=True)]
+        for pair in zip(rows.tolist(), scores.tolist(), strict=True)
+    ]

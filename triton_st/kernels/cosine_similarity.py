@@ -57,22 +57,26 @@ def _similarity_kernel(
     tl.store(at, acc.to(out.dtype.element_ty), mask=(a_row < a_left)[:, None] & (b_row < b_left)[None, :])
 
 
-def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, D], b [N, D] -> [M, N]."""
-    a, b = a.contiguous(), b.contiguous()
+def write_similarities(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Into out [≥ M, ≥ N], of any floating dtype: the cosines of a [M, D] and b [N, D], both contiguous."""
     (m, d), n = a.shape, len(b)
-    out = a.new_empty(m, n)
-    if out.numel() == 0:
-        return out
     rows = Statistics(a, b)
     tile = product_tile(a.dtype, m, n, aligned=d == padded_width(a.dtype, d))
     launch(
         _similarity_kernel, (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),
         a=a, b=b, out=out, a_power=rows.a_power, a_norm=rows.a_norm, b_power=rows.b_power,
-        b_norm=rows.b_norm, extreme=rows.extreme, a_count=m, b_count=n, stride=n, depth=d,
+        b_norm=rows.b_norm, extreme=rows.extreme, a_count=m, b_count=n, stride=out.stride(0), depth=d,
         D=d, BLOCK_A=tile.rows, BLOCK_B=tile.columns, BLOCK_K=tile.depth, PRECISION=dot_precision(a.dtype), GROUP=GROUP,
         **tile.options,
     )  # fmt: skip
+
+
+def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, D], b [N, D] -> [M, N]."""
+    a, b = a.contiguous(), b.contiguous()
+    out = a.new_empty(len(a), len(b))
+    if out.numel() > 0:
+        write_similarities(a, b, out)
     return out
 
 

@@ -13,6 +13,7 @@ from triton_st.reference.bert_layer import (
 )
 from triton_st.reference.bias_gelu import bias_gelu, bias_gelu_backward
 from triton_st.reference.cosine_similarity import cosine_similarity, cosine_similarity_backward
+from triton_st.reference.cosine_topk import cosine_topk
 from triton_st.reference.dropout_add_layer_norm import (
     dropout_add_layer_norm,
     dropout_add_layer_norm_backward,
@@ -53,6 +54,7 @@ __all__ = [
     "bias_gelu_backward",
     "cosine_similarity",
     "cosine_similarity_backward",
+    "cosine_topk",
     "dropout_add_layer_norm",
     "dropout_add_layer_norm_backward",
     "dropout_add_layer_norm_forward",
