@@ -22,6 +22,24 @@ from bench import steps
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, steps.ST: torch.float32}
 STEPS = 4
+SETTINGS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_grad_norm",
+    "batch_sampler",
+    "seed",
+    "eval_strategy",
+    "eval_steps",
+    "logging_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+)
+"""Of the reference recipe, given to both libraries."""
 
 
 def whole_run(contender: str, folder: str, data: str) -> dict[str, Any]:
@@ -34,18 +52,20 @@ def whole_run(contender: str, folder: str, data: str) -> dict[str, Any]:
     model, loss = steps.load(contender, folder)
     columns = (dev["sentence1"], dev["sentence2"], dev["score"])
     with tempfile.TemporaryDirectory() as scratch:
-        settings: dict[str, Any] = {"output_dir": scratch, "disable_tqdm": True, "use_cpu": True}
+        recipe = recipes.arguments(scratch)
+        settings: dict[str, Any] = {name: getattr(recipe, name) for name in SETTINGS}
+        settings |= {"output_dir": scratch, "disable_tqdm": True, "use_cpu": True}
         library: Any
         if steps.is_ours(model):
             import triton_st as library
             from triton_st.evaluation import EmbeddingSimilarityEvaluator
 
-            settings |= {**recipes.ARGUMENTS, "fp16": contender == "fp16"}
+            settings["fp16"] = contender == "fp16"
         else:
             import sentence_transformers as library
             from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
-            settings |= {**recipes.ARGUMENTS, "report_to": "none"}
+            settings["report_to"] = "none"
             settings["batch_sampler"] = library.sentence_transformer.training_args.BatchSamplers.NO_DUPLICATES
         evaluator = EmbeddingSimilarityEvaluator(
             *columns, batch_size=128, similarity_fn_names=["cosine", "dot", "euclidean", "manhattan"], name="dev"
