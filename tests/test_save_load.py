@@ -264,7 +264,7 @@ def test_a_new_folder_appears_whole(tmp_path):
 
 
 @pytest.mark.parametrize("has_card", [False, True])
-def test_push_to_hub(monkeypatch, has_card):
+def test_push_to_hub(monkeypatch, has_card, tmp_path):
     """Against a hub that only notes what it is asked for."""
     calls = []
 
@@ -300,3 +300,6 @@ def test_push_to_hub(monkeypatch, has_card):
     assert model.push_to_hub("encoder", create_pr=True, replace_model_card=True) == "pull"
     assert "README.md" in calls[-1][1]
     assert calls[-2] == ("create_repo", "encoder", {"private": None, "exist_ok": True})
+    (tmp_path / "as it is.txt").touch()
+    assert model.push_to_hub("encoder", local_model_path=tmp_path, exist_ok=True) == "commit"
+    assert calls[-1][1] == ["as it is.txt"]

@@ -172,21 +172,64 @@ class Encoding(Inference):
                     out[part] = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
         return _delivered(rows, out, single, convert_to_numpy, convert_to_tensor)
 
-    def encode_query(self, inputs: str | Iterable[str] | None = None, **kwargs: Any) -> Any:
+    def encode_query(
+        self,
+        inputs: str | Iterable[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """`encode` with the prompt named "query", if the model has one and none is given. Arguments as `encode`."""
-        return self._encode_as(("query",), inputs, kwargs)
+        prompt_name = self._prompt_for(("query",), prompt_name, prompt)
+        return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
 
-    def encode_document(self, inputs: str | Iterable[str] | None = None, **kwargs: Any) -> Any:
+    def encode_document(
+        self,
+        inputs: str | Iterable[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """`encode` with the first prompt that the model has of "document", "passage" and "corpus", if none is given.
 
         Arguments as `encode`.
         """
-        return self._encode_as(("document", "passage", "corpus"), inputs, kwargs)
+        prompt_name = self._prompt_for(("document", "passage", "corpus"), prompt_name, prompt)
+        return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
 
-    def _encode_as(self, names: tuple[str, ...], inputs: str | Iterable[str] | None, kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("prompt_name") is None and kwargs.get("prompt") is None:
-            kwargs["prompt_name"] = next((name for name in names if name in self.prompts), None)
-        return self.encode(inputs, **kwargs)
+    def _prompt_for(self, names: tuple[str, ...], prompt_name: str | None, prompt: str | None) -> str | None:
+        if prompt_name is not None or prompt is not None:
+            return prompt_name
+        return next((name for name in names if name in self.prompts), None)
+
+    def encode_multi_process(
+        self,
+        sentences: Iterable[str],
+        pool: multi_process.Pool,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        chunk_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        precision: str = "float32",
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+    ) -> np.ndarray:
+        """`encode(..., pool=pool)` under its older name."""
+        return self.encode(
+            sentences,
+            prompt_name,
+            prompt,
+            batch_size,
+            show_progress_bar,
+            precision=precision,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            pool=pool,
+            chunk_size=chunk_size,
+        )
 
     def encode_iter(self, inputs: Iterable[str], chunk_size: int = 16_384, **kwargs: Any) -> Iterator[np.ndarray]:
         """Embed a stream: an array [n, D] for every `chunk_size` texts, read only when it is wanted.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,9 +37,10 @@ class SentenceTransformer(Encoding):
         prompts: name -> text put before every text encoded under that name; adds to and overrides the saved ones.
             "query" and "document" are always there, empty by default.
         default_prompt_name: the prompt used where `encode` is given none.
-        cache_folder, revision, local_files_only, token: as `huggingface_hub.snapshot_download` takes them.
+        cache_folder, revision, local_files_only, token: as `huggingface_hub.snapshot_download` takes them;
+            `use_auth_token` is an older name of `token`.
         trust_remote_code: accepted and without effect: code from a model repository is never run.
-        processor_kwargs, config_kwargs: for transformers' tokenizer and config.
+        processor_kwargs, config_kwargs: for transformers' tokenizer and config; `tokenizer_kwargs` is an older name.
         backend: "torch", the one there is.
         model_card_data: what the card written by `save_pretrained` is made from.
         similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan"; the saved one by default, else "cosine".
@@ -74,12 +75,14 @@ class SentenceTransformer(Encoding):
         revision: str | None = None,
         local_files_only: bool = False,
         token: bool | str | None = None,
+        use_auth_token: bool | str | None = None,
         model_card_data: SentenceTransformerModelCardData | None = None,
         similarity_fn_name: str | None = None,
         truncate_dim: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
         dtype: str | torch.dtype | None = None,
     ) -> None:
@@ -99,8 +102,9 @@ class SentenceTransformer(Encoding):
             cache_dir=cache_folder,
             revision=revision,
             local_files_only=local_files_only,
-            token=token,
+            token=use_auth_token if token is None else token,
         )
+        processor_kwargs = tokenizer_kwargs if processor_kwargs is None else processor_kwargs
         config = read_folder(folder)
         config.prompts |= prompts or {}
         config.default_prompt_name = default_prompt_name or config.default_prompt_name
@@ -216,6 +220,10 @@ class SentenceTransformer(Encoding):
             raise ValueError(f"similarity_fn_name: expected one of {', '.join(util.SIMILARITIES)}, got {value!r}")
         self._similarity_fn_name = name
 
+    def get_backend(self) -> str:
+        """ "torch", as sentence-transformers calls what runs without ONNX or OpenVINO."""
+        return "torch"
+
     def get_max_seq_length(self) -> int:
         """As `max_seq_length`."""
         return self.max_seq_length
@@ -307,9 +315,22 @@ class SentenceTransformer(Encoding):
         """Similarity of embedding i with embedding i, both [N, D], by `similarity_fn_name` -> [N]."""
         return util.SIMILARITIES[self.similarity_fn_name][1](embeddings1, embeddings2)
 
+    def evaluate(self, evaluator: Callable[..., Any], output_path: str | Path | None = None) -> Any:
+        """What `evaluator` says of this model; it writes its results to the folder `output_path`, made if need be."""
+        if output_path is not None:
+            Path(output_path).mkdir(parents=True, exist_ok=True)
+        return evaluator(self, output_path)
+
     # --- save ---------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, path: str | Path, model_name: str | None = None, create_model_card: bool = True) -> None:
+    def save_pretrained(
+        self,
+        path: str | Path,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: Sequence[str] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
         """Write a folder that this class and sentence-transformers load.
 
         Everything is written to a temporary folder beside it first, so that nothing is ever half-written; other files
@@ -320,10 +341,16 @@ class SentenceTransformer(Encoding):
             model_name: name for the card's title.
             create_model_card: write README.md from `model_card_data` (for a model that was loaded with a card and
                 neither trained nor evaluated since: that card).
+            train_datasets: names of data sets for the card.
+            safe_serialization: True, as nothing but safetensors is written.
 
         Raises:
-            OSError: the folder cannot be written; nothing of it was touched.
+            OSError: the folder cannot be written; nothing of it was touched. ValueError: `safe_serialization` is False.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization: expected True, weights are written as safetensors; got False")
+        if train_datasets is not None:
+            self.model_card_data.train_datasets = [{"name": name, "id": name} for name in train_datasets]
         config = FolderConfig(
             max_seq_length=self.max_seq_length,
             pooling=self.pooling,
@@ -343,18 +370,21 @@ class SentenceTransformer(Encoding):
             if create_model_card:
                 (folder / "README.md").write_text(self._card(), encoding="utf-8")
 
-    def save(self, path: str | Path, model_name: str | None = None, create_model_card: bool = True) -> None:
+    def save(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """As `save_pretrained`."""
-        self.save_pretrained(path, model_name, create_model_card)
+        self.save_pretrained(path, *args, **kwargs)
 
     def push_to_hub(
         self,
         repo_id: str,
         token: str | None = None,
         private: bool | None = None,
+        safe_serialization: bool = True,
         commit_message: str | None = None,
+        local_model_path: str | Path | None = None,
         exist_ok: bool = False,
         replace_model_card: bool = False,
+        train_datasets: Sequence[str] | None = None,
         revision: str | None = None,
         create_pr: bool = False,
     ) -> str:
@@ -363,7 +393,9 @@ class SentenceTransformer(Encoding):
         Args:
             repo_id: the repository, made if it is not there. private: whether a new one is.
             token: of the hub.
+            safe_serialization, train_datasets: as `save_pretrained`.
             commit_message: "Add a SentenceTransformer model" by default.
+            local_model_path: a folder to upload as it is, instead of this model.
             exist_ok: write to a repository that is there already, too.
             replace_model_card: write the card also over one that the repository has.
             revision: the branch. create_pr: open a pull request instead of writing to it.
@@ -375,9 +407,11 @@ class SentenceTransformer(Encoding):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=exist_ok or create_pr).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        keep_card = not replace_model_card and api.file_exists(repo_id, "README.md", revision=revision)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, model_name=repo_id, create_model_card=not keep_card)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = str(local_model_path or temporary)
+            if local_model_path is None:
+                keep_card = not replace_model_card and api.file_exists(repo_id, "README.md", revision=revision)
+                self.save_pretrained(folder, repo_id, not keep_card, train_datasets, safe_serialization)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
