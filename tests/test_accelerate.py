@@ -172,6 +172,56 @@ def test_models_that_are_not_served_are_left_alone(small, caplog, change):
         triton_st.accelerate(torch.nn.Linear(2, 2))
 
 
+class Doubled(torch.nn.Linear):
+    """Has the parameters of any other."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("subclass", "its encoder.layer.1.output.dense is a Doubled"),
+        ("hook", "its encoder.layer.1.output.dense has forward hooks"),
+        ("forward", "its encoder.layer.1.output.dense has a forward of its own"),
+        ("adapter", "its encoder.layer.1.output.dense is a Adapter"),
+    ],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_layers_with_something_about_them_compute_what_they_did(small, caplog, change, reason, when):
+    """An adapter, merged by nobody: its parameters alone would give other numbers."""
+    plain = copy.deepcopy(small)
+    if when == "after":
+        assert triton_st.accelerate(small).active
+    for model in (small, plain):
+        output = model[0].model.encoder.layer[1].output
+        if change == "subclass":
+            output.dense.__class__ = Doubled
+        elif change == "hook":
+            output.dense.register_forward_hook(lambda module, inputs, result: 2 * result)
+        elif change == "forward":
+            own = output.dense.forward
+            output.dense.forward = lambda x, own=own: 2 * own(x)
+        else:
+            output.dense = Adapter(output.dense)
+    assert triton_st.accelerate(small).active == (when == "after")
+    np.testing.assert_array_equal(small.encode(WORDS), plain.encode(WORDS))
+    assert reason in caplog.text
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.down, self.up = torch.nn.Linear(72, 2, bias=False), torch.nn.Linear(2, 50, bias=False)
+        for module in (self.down, self.up):
+            torch.nn.init.constant_(module.weight, 0.1)
+
+    def forward(self, x):
+        return self.inner(x) + self.up(self.down(x))
+
+
 SWITCHED_OFF = """
 import sentence_transformers, sys, torch, triton_st
 model = sentence_transformers.SentenceTransformer(sys.argv[1], device="cpu")

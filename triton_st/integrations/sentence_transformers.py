@@ -125,6 +125,7 @@ class _Shared(SentenceTransformer):
         try:
             if any(p.dtype != torch.float32 for p in now):
                 raise _NotServedError("its parameters are no longer all torch.float32")
+            _check_modules(model[0].model)
             if len(now) != len(before) or any(p is not q for p, q in zip(now, before, strict=True)):
                 self._share(model)
         except _NotServedError as error:
@@ -146,13 +147,33 @@ class _Shared(SentenceTransformer):
 def _parameters(model: Any) -> list[nn.Parameter]:
     """What a model and its form of ours share."""
     transformer, _, *head = model
-    return [p for module in (transformer.model, *head) for p in module.parameters()]
+    modules = (m for module in (transformer.model, *head) for m in module.modules())
+    return [p for m in modules for p in m._parameters.values() if p is not None]
+
+
+_KNOWN = ("transformers.", "torch.nn.modules.")
+
+
+def _check_modules(source: nn.Module) -> None:
+    """What computes something of its own, an adapter for one, would be passed over: only parameters are shared."""
+    for module in source.modules():
+        if not type(module).__module__.startswith(_KNOWN):
+            what = f"is a {type(module).__name__}"
+        elif module._forward_hooks or module._forward_pre_hooks:
+            what = "has forward hooks"
+        elif "forward" in module.__dict__:
+            what = "has a forward of its own"
+        else:
+            continue
+        name = next(name for name, m in source.named_modules() if m is module)
+        raise _NotServedError(f"its {name or type(source).__name__} {what}")
 
 
 def _sharing_encoder(source: nn.Module) -> PackedEncoder:
     """An encoder of ours whose parameters are those of a transformers model."""
     config: Any = source.config
     family = family_of(config.model_type)
+    _check_modules(source)
     if config.output_hidden_states or config.output_attentions:
         raise _NotServedError("its config asks for hidden states or attentions of every layer")
     dtypes = {parameter.dtype for parameter in source.parameters()}
