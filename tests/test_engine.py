@@ -247,6 +247,15 @@ def test_writing_through_data_is_seen() -> None:
     torch.testing.assert_close(after, hidden_states(encoder, batch), rtol=0, atol=2e-5)
 
 
+def test_memory_that_moves_under_the_parameters() -> None:
+    """Shared between processes, a storage gets other memory; what it had is gone."""
+    encoder, batch = bert(vocab_size=60_000), random_batch()  # large enough to be unmapped
+    engine = Engine(encoder)
+    before = engine.states(batch["input_ids"], batch["cu_seqlens"])
+    encoder.share_memory()
+    assert torch.equal(engine.states(batch["input_ids"], batch["cu_seqlens"]), before)
+
+
 def test_copies_pack_for_themselves() -> None:
     batch = random_batch()
     engine = Engine(bert(), "int8")

@@ -132,7 +132,7 @@ class Engine:
         self._packed: Tensor | None = None
         self._tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
         self._parameters = Parameters(encoder)
-        self._state: list[Any] = []
+        self._state: tuple[list[Any] | None, list[int]] = None, []
         self._values: list[memoryview] = []  # of every parameter
 
     @property
@@ -149,31 +149,39 @@ class Engine:
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
-    def _current_state(self) -> list[Any]:
-        """What changes when a module or a parameter is replaced, moved or written to.
+    def _versions(self) -> list[Any] | None:
+        """What changes when a module or a parameter is replaced, moved, or written to as autograd or an optimizer does.
 
-        A version counts what autograd sees. It sees neither a fused optimizer, whose steps are counted apart, nor what
-        is written through `.data`, of which a few numbers of each parameter tell.
+        A parameter's version counts what autograd sees. It does not see a fused optimizer, whose steps are counted.
         """
         if (parameters := self._parameters.now()) is None:
-            return []
-        state: list[Any] = [
-            None if p is None else (0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters
+            return None
+        return [
+            _optimizer_steps,
+            *(None if p is None else (0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters),
         ]
-        state.append(_optimizer_steps)
-        state += [values[i] for values in self._values for i in (0, len(values) // 2, -1)]
-        return state
+
+    def _samples(self) -> list[int]:
+        """The bits of a few numbers of each parameter, which tell of what is written through `.data`.
+
+        To be read only where `_versions` is as it was: a storage that is given other memory, to be shared between
+        processes for one, leaves here the address of the memory it had.
+        """
+        return [values[i] for values in self._values for i in (0, len(values) // 2, -1)]
 
     def prepare(self) -> None:
         """Pack the weights unless that is done and no parameter has changed since."""
-        if self._packed is not None and self._current_state() == self._state:
+        versions = self._versions()
+        if self._packed is not None and versions == self._state[0] and self._samples() == self._state[1]:
             return
         if reason := problem(self.encoder):
             raise RuntimeError(f"the CPU engine cannot serve this encoder: {reason}")
         self._parameters = Parameters(self.encoder)
         parameters: list[Any] = [p for p in self._parameters.now() or () if p is not None]
-        self._values = [memoryview(p.detach().contiguous().numpy().reshape(-1)) for p in parameters if p.numel()]
-        state = self._current_state()
+        self._values = [
+            memoryview(p.detach().contiguous().numpy().reshape(-1).view(np.int32)) for p in parameters if p.numel()
+        ]
+        state = self._versions(), self._samples()
         a = self.encoder.architecture
         weights: list[Tensor] = list(self.encoder.embeddings.norm())
         for layer in self.encoder.layers():
