@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import logging
+import multiprocessing
+import time
 
 import numpy as np
 import pandas
@@ -12,7 +15,8 @@ import sentence_transformers
 import torch
 from sentence_transformers.util.quantization import quantize_embeddings as st_quantize_embeddings
 
-from triton_st import SentenceTransformer
+from tests.small_model import small_model
+from triton_st import SentenceTransformer, multi_process
 from triton_st.quantization import quantize_embeddings, quantized_shape
 
 TEXTS = [
@@ -222,7 +226,35 @@ def test_truncating_for_a_while(ours, theirs):
     assert ours.get_embedding_dimension() == 384
 
 
-def test_several_processes(ours, theirs):
+def assert_an_interrupted_call_leaves_the_pool_usable(ours, pool, monkeypatch) -> None:
+    """What the workers had done of it is not taken for the next call's."""
+
+    def interrupted(*_):
+        time.sleep(0.3)  # by which some chunks are through
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multi_process, "_next_result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ours.encode(TEXTS * 4, pool=pool, chunk_size=2)
+    np.testing.assert_allclose(ours.encode(TEXTS[::-1], pool=pool, chunk_size=1), ours.encode(TEXTS[::-1]), atol=1e-6)
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        parts = [TEXTS[:2], TEXTS[2:4], TEXTS[4:]]
+        found = list(threads.map(lambda texts: ours.encode(texts, pool=pool, chunk_size=1), parts))
+    np.testing.assert_allclose(np.concatenate(found), ours.encode(TEXTS), atol=1e-6)
+
+
+def test_devices_in_a_list_are_a_pool_for_one_call():
+    model = small_model().eval()
+    model.inference_dtype = "int8"
+    before = len(multiprocessing.active_children())
+    states = model.encode(["the boy", "a dog"], device=["cpu"], output_value=None)
+    assert len(multiprocessing.active_children()) == before
+    for found, wanted in zip(states, model.encode(["the boy", "a dog"], output_value=None), strict=True):
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_several_processes(ours, theirs, monkeypatch):
     wanted = ours.encode(TEXTS, prompt_name="query", normalize_embeddings=True)
     pool = ours.start_multi_process_pool(["cpu", "cpu"])
     try:
@@ -232,6 +264,14 @@ def test_several_processes(ours, theirs):
         assert_same(states, theirs.encode(TEXTS, output_value="token_embeddings"))
         assert ours.encode(TEXTS, pool=pool, precision="ubinary").shape == (6, 48)
         assert ours.encode([], pool=pool).shape == (0, 384)
+        older = ours.encode_multi_process(TEXTS, pool, "query", normalize_embeddings=True, truncate_dim=384)
+        np.testing.assert_array_equal(older, ours.encode(TEXTS, **arguments))
+        with pytest.raises(ValueError, match="batch_size: expected a positive int"):
+            ours.encode(TEXTS, pool=pool, batch_size=0)
+        out = np.empty((6, 384), np.float32)
+        assert ours.encode(TEXTS, out=out, **arguments) is out
+        np.testing.assert_array_equal(out, older)
+        assert_an_interrupted_call_leaves_the_pool_usable(ours, pool, monkeypatch)
         pool["processes"][0].kill()
         pool["processes"][1].kill()
         with pytest.raises(RuntimeError, match="a worker of the pool died: process"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import pickle
 import queue
+import signal
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +21,10 @@ if TYPE_CHECKING:
     from triton_st.encoding import Encoding
 
 Pool = dict[str, Any]
-"""`input` and `output`, queues; `processes`, the workers: sentence-transformers' form."""
+"""`input` and `output`, queues; `processes`, the workers: sentence-transformers' form. `lock`: one call at a time."""
+
+_calls = itertools.count()
+"""Numbers calls, so that what one that was interrupted left in a queue is not taken for the next one's."""
 
 _LARGEST_CHUNK = 5000
 _CHUNKS_PER_PROCESS = 10
@@ -34,7 +41,7 @@ def start_pool(model: Encoding, devices: Sequence[str | torch.device] | None) ->
     model.to("cpu")
     model.share_memory()
     context = mp.get_context("spawn")
-    pool: Pool = {"input": context.Queue(), "output": context.Queue(), "processes": []}
+    pool: Pool = {"input": context.Queue(), "output": context.Queue(), "processes": [], "lock": threading.Lock()}
     threads = max(1, torch.get_num_threads() // len(devices))
     for device in devices:
         process = context.Process(
@@ -69,22 +76,32 @@ def encode_in_pool(
         share = math.ceil(len(texts) / len(pool["processes"]) / _CHUNKS_PER_PROCESS)
         chunk_size = max(1, min(share, _LARGEST_CHUNK))
     starts = range(0, len(texts), chunk_size)
-    for number, start in enumerate(starts):
-        pool["input"].put((number, texts[start : start + chunk_size], arguments))
+    call = next(_calls)
     results: list[Any] = [None] * len(starts)
-    for _ in tqdm(starts, desc="Encode", unit="chunk", disable=not show_progress_bar):
-        number, result = _next_result(pool)
-        results[number] = result
+    with pool["lock"]:
+        try:
+            for number, start in enumerate(starts):
+                pool["input"].put((call, number, texts[start : start + chunk_size], arguments))
+            for _ in tqdm(starts, desc="Encode", unit="chunk", disable=not show_progress_bar):
+                number, result = _next_result(pool, call)
+                results[number] = result
+        except BaseException:  # KeyboardInterrupt too: nobody wants the rest
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    pool["input"].get(timeout=0.1)
+            raise
     for result in results:
         if isinstance(result, Exception):
             raise result
     return results
 
 
-def _next_result(pool: Pool) -> tuple[int, Any]:
+def _next_result(pool: Pool, call: int) -> tuple[int, Any]:
     while True:
         try:
-            return pool["output"].get(timeout=1.0)
+            of, number, result = pool["output"].get(timeout=1.0)
+            if of == call:
+                return number, result
         except queue.Empty:
             dead = [f"{p.pid} (exit code {p.exitcode})" for p in pool["processes"] if not p.is_alive()]
             if dead:
@@ -94,15 +111,16 @@ def _next_result(pool: Pool) -> tuple[int, Any]:
 
 
 def _work(model: Encoding, device: str, threads: int, chunks: Any, results: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has the pool
     torch.set_num_threads(threads)  # the workers share the machine
     while True:
-        number, texts, arguments = chunks.get()
+        call, number, texts, arguments = chunks.get()
         try:
             result = model.encode(texts, device=device, show_progress_bar=False, **arguments)
         except Exception as error:  # reported where it was asked for; a silent worker would be waited for without end
-            results.put((number, _portable(error)))
+            results.put((call, number, _portable(error)))
         else:
-            results.put((number, result))
+            results.put((call, number, result))
 
 
 def _portable(error: Exception) -> Exception:
