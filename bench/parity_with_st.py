@@ -81,12 +81,12 @@ def train_st(folder: Path, train: Dataset, learning_rate: float) -> tuple[Any, l
     with tempfile.TemporaryDirectory() as scratch:
         arguments = st.SentenceTransformerTrainingArguments(
             scratch,
-            per_device_train_batch_size=recipes.ARGUMENTS["per_device_train_batch_size"],
-            num_train_epochs=recipes.ARGUMENTS["num_train_epochs"],
+            per_device_train_batch_size=recipes.REFERENCE.arguments["per_device_train_batch_size"],
+            num_train_epochs=recipes.REFERENCE.arguments["num_train_epochs"],
             learning_rate=learning_rate,
-            warmup_steps=recipes.ARGUMENTS["warmup_steps"],
-            lr_scheduler_type=recipes.ARGUMENTS["lr_scheduler_type"],
-            max_grad_norm=recipes.ARGUMENTS["max_grad_norm"],
+            warmup_steps=recipes.REFERENCE.arguments["warmup_steps"],
+            lr_scheduler_type=recipes.REFERENCE.arguments["lr_scheduler_type"],
+            max_grad_norm=recipes.REFERENCE.arguments["max_grad_norm"],
             seed=recipes.SEED,
             batch_sampler=batches,
             save_strategy="no",

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from triton_st.recipes import RECIPES, REFERENCE, Recipe
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -34,6 +36,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    """Argument type: an integer of at least 0."""
+    return 0 if text == "0" else _positive(text)
+
+
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
@@ -42,11 +49,17 @@ def _add_train(commands: Any) -> None:
         "train",
         help="train a sentence encoder, evaluate it and save it with its model card",
         description="Trains a BERT sentence encoder with MultipleNegativesRankingLoss. With no data named it uses the "
-        "built-in synthetic scenes; nothing is downloaded. All defaults are those of the reference run: hidden size "
-        "50, 4 layers, batch 128, one epoch, AdamW 5e-5, warm-up 0.1, seed 42.",
+        "built-in synthetic scenes; nothing is downloaded. Settings that are not given are those of the recipe.",
         epilog="example: python -m triton_st train --train-file nli.jsonl --sts-dev dev.csv --sts-test test.csv --fp16 "
         "--output-dir out/nli",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        default=REFERENCE.name,
+        help="reference: the small cased encoder of the published model card, from random weights; better: an uncased "
+        "vocabulary of whole words and a start from how rare and how spelt they are, pairs without hard negatives",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -60,36 +73,51 @@ def _add_train(commands: Any) -> None:
     data.add_argument("--sts-test", metavar="FILE", help="the same; evaluated before and after training")
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="FOLDER|HUB_ID", help="fine-tune this model; default: train one from scratch")
-    model.add_argument("--vocab-size", type=_positive, default=2000, help="WordPiece vocabulary (from scratch)")
-    model.add_argument("--hidden-size", type=_positive, default=50, help="from scratch")
-    model.add_argument("--num-hidden-layers", type=_positive, default=4, help="from scratch")
-    model.add_argument("--num-attention-heads", type=_positive, default=5, help="from scratch")
-    model.add_argument("--intermediate-size", type=_positive, default=200, help="from scratch")
-    model.add_argument("--dropout", type=float, default=0.1, help="hidden and attention dropout (from scratch)")
-    model.add_argument("--max-seq-length", type=_positive, default=512, help="longest sequence in tokens")
+    _add_setting(model, "--vocab-size", type=_positive, help="WordPiece vocabulary (from scratch)")
+    _add_setting(model, "--hidden-size", type=_positive, help="from scratch")
+    _add_setting(model, "--num-hidden-layers", type=_count, help="from scratch")
+    _add_setting(model, "--num-attention-heads", type=_positive, help="from scratch")
+    _add_setting(model, "--intermediate-size", type=_positive, help="from scratch")
+    _add_setting(model, "--dropout", type=float, help="hidden and attention dropout (from scratch)")
+    _add_setting(model, "--max-seq-length", type=_positive, help="longest sequence in tokens")
     training = parser.add_argument_group("training")
-    training.add_argument("--per-device-train-batch-size", "--batch-size", type=int, default=128, metavar="N")
-    training.add_argument("--num-train-epochs", "--epochs", type=float, default=1, metavar="N")
+    _add_setting(training, "--per-device-train-batch-size", "--batch-size", type=int, metavar="N", help="triplets")
+    _add_setting(training, "--num-train-epochs", "--epochs", type=float, metavar="N", help="passes over the data")
     training.add_argument("--max-steps", type=int, default=-1, help="stop after N steps; -1: after the epochs")
-    training.add_argument("--learning-rate", type=float, default=5e-5)
-    training.add_argument("--warmup-steps", type=float, default=0.1, help="below 1: share of all steps")
-    training.add_argument("--lr-scheduler-type", default="linear")
-    training.add_argument("--weight-decay", type=float, default=0.0)
-    training.add_argument("--max-grad-norm", type=float, default=1.0)
-    training.add_argument("--scale", type=float, default=20.0, help="inverse temperature of the loss")
+    _add_setting(training, "--learning-rate", type=float, help="largest of the schedule")
+    _add_setting(training, "--warmup-steps", type=float, help="below 1: share of all steps")
+    _add_setting(training, "--lr-scheduler-type", help="any of transformers' that follow the step")
+    _add_setting(training, "--weight-decay", type=float, help="of AdamW")
+    _add_setting(training, "--max-grad-norm", type=float, help="longer gradients are cut to it; 0: none are")
+    _add_setting(training, "--scale", type=float, help="inverse temperature of the loss")
     precision = training.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="half activations, dynamic loss scaling")
     precision.add_argument("--bf16", action="store_true", help="bfloat16 activations")
-    training.add_argument("--seed", type=int, default=42)
-    training.add_argument("--eval-steps", type=int, default=20, help="evaluate every N steps")
-    training.add_argument("--logging-steps", type=int, default=1, help="log every N steps")
-    training.add_argument("--save-steps", type=int, default=40, help="write a checkpoint every N steps")
+    _add_setting(training, "--seed", type=int, help="of the weights, the batches and dropout")
+    _add_setting(training, "--eval-steps", type=int, help="evaluate every N steps")
+    _add_setting(training, "--logging-steps", type=int, help="log every N steps")
+    _add_setting(training, "--save-steps", type=int, help="write a checkpoint every N steps")
     output = parser.add_argument_group("output")
     output.add_argument("--output-dir", required=True, metavar="FOLDER", help="checkpoints, logs and final/ go here")
     output.add_argument("--overwrite-output-dir", action="store_true", help="delete an earlier run's files there first")
     output.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
     output.add_argument("--no-progress", action="store_true", help="no progress bars")
     parser.set_defaults(run=_train)
+
+
+def _add_setting(group: Any, *flags: str, help: str, **options: Any) -> None:
+    """Add a flag whose default is the recipe's; what each recipe says is shown in its help."""
+    name = flags[0].removeprefix("--").replace("-", "_")
+    values = {recipe.name: _settings(recipe)[name] for recipe in RECIPES.values()}
+    shown = f"{values.pop(REFERENCE.name)}"
+    shown += "".join(f"; {recipe}: {value}" for recipe, value in values.items() if str(value) != shown)
+    group.add_argument(*flags, default=argparse.SUPPRESS, help=f"{help} (default: {shown})", **options)
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says, by the names of the flags."""
+    named = {"vocab_size": recipe.vocab_size, "max_seq_length": recipe.max_seq_length, "scale": recipe.loss["scale"]}
+    return {**named, "dropout": recipe.encoder["hidden_dropout_prob"], **recipe.encoder, **recipe.arguments}
 
 
 def _prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -149,8 +177,9 @@ def _train_model(args: argparse.Namespace, train_dataset: Dataset) -> SentenceTr
         model = SentenceTransformer(args.model)
         model.max_seq_length = min(args.max_seq_length, model.max_seq_length)
         return model
-    return recipes.new_model(
+    model = recipes.new_model(
         (text for column in train_dataset.column_names for text in train_dataset[column]),
+        recipe=RECIPES[args.recipe],
         vocab_size=args.vocab_size,
         max_seq_length=args.max_seq_length,
         seed=args.seed,
@@ -161,16 +190,22 @@ def _train_model(args: argparse.Namespace, train_dataset: Dataset) -> SentenceTr
         hidden_dropout_prob=args.dropout,
         attention_probs_dropout_prob=args.dropout,
     )
+    model.model_card_data.model_name = f"SentenceTransformer from scratch by the recipe {args.recipe}"
+    model.model_card_data.add_tags(f"recipe-{args.recipe}")
+    return model
 
 
 def _train(args: argparse.Namespace) -> None:
-    from triton_st import losses, recipes
+    from triton_st import recipes
     from triton_st.data import load_training_dataset
     from triton_st.synthetic import synthetic_triplets
     from triton_st.training import SentenceTransformerTrainer
 
+    recipe = RECIPES[args.recipe]
+    args = argparse.Namespace(**{**_settings(recipe), **vars(args)})
     arguments = recipes.arguments(  # first of all: a wrong number is found before anything is read or written
         args.output_dir,
+        recipe=recipe,
         **{
             name: getattr(args, name)
             for name in (
@@ -205,9 +240,9 @@ def _train(args: argparse.Namespace) -> None:
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        loss=losses.MultipleNegativesRankingLoss(model, scale=args.scale),
+        train_dataset=recipes.training_columns(train_dataset, recipe),
+        eval_dataset=recipes.training_columns(eval_dataset, recipe) if eval_dataset else None,
+        loss=recipes.ranking_loss(model, recipe, scale=args.scale),
         evaluator=evaluators["dev"],
     )
     trainer.train(resume_from_checkpoint=True if args.resume else None)

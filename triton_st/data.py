@@ -366,8 +366,10 @@ def _read_parquet(path: Path, max_samples: int | None) -> Dataset:
 # --- tokenizer ---------------------------------------------------------------------------------------------------
 
 
-def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 2000, max_length: int = 512) -> BertTokenizer:
-    """Train a cased WordPiece tokenizer on `texts`, as BERT's (Devlin et al., 2018) except that it keeps case.
+def train_wordpiece_tokenizer(
+    texts: Iterable[str], vocab_size: int = 2000, max_length: int = 512, *, lowercase: bool = False
+) -> BertTokenizer:
+    """Train a WordPiece tokenizer on `texts`, as BERT's (Devlin et al., 2018); by default it keeps case.
 
     The same texts give the same vocabulary and the same ids in every process.
 
@@ -376,6 +378,7 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 2000, max_
         vocab_size: tokens in the vocabulary, the five special ones included; fewer if the texts do not yield so many
             pieces that occur twice.
         max_length: longest sequence, in tokens, that the tokenizer truncates to.
+        lowercase: lower-case texts and strip accents, as BERT's uncased models do.
 
     Returns:
         A transformers fast tokenizer: `save_pretrained` writes a folder that `AutoTokenizer` loads with equal ids.
@@ -393,7 +396,7 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 2000, max_
     if vocab_size < len(_SPECIAL_TOKENS) + 2:
         raise ValueError(f"vocab_size: expected at least {len(_SPECIAL_TOKENS) + 2}, got {vocab_size}")
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 
     alphabet, continuations = _alphabet(tokenizer, texts, vocab_size)
@@ -410,7 +413,7 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 2000, max_
     )
     tokenizer.train_from_iterator(texts, trainer)
     return BertTokenizer(
-        vocab=tokenizer.get_vocab(), do_lower_case=False, strip_accents=False, model_max_length=max_length
+        vocab=tokenizer.get_vocab(), do_lower_case=lowercase, strip_accents=lowercase, model_max_length=max_length
     )
 
 
