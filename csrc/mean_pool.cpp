@@ -3,6 +3,7 @@
 // in order: one long sequence is shared by all threads and the result is the same, bit for bit, on any number of them.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -20,6 +21,33 @@ constexpr int64_t kBytesPerNanosecond = 30;
 
 thread_local Buffer scratch;
 
+// As parallel(), but each thread begins in its own stretch of neighbouring units, the same one in every call, and helps
+// out in another's when it is done. Memory that is used again and again, as the allocator's is, then stays in the
+// caches of the core that had it last, and no two threads wait for the system to clear the same new page: up to three
+// times as fast as units taken in one order by all.
+template <class F>
+void parallel_stretches(int64_t units, int64_t nanoseconds, F&& f) {
+  constexpr int64_t kMost = 64;
+  struct alignas(64) Next {
+    std::atomic<int64_t> unit;
+  };
+  const int64_t threads = nanoseconds < kWorthThreads
+                              ? 1
+                              : std::min<int64_t>({units, torch::stable::get_num_threads(), kMost});
+  if (threads <= 1) {
+    for (int64_t unit = 0; unit < units; ++unit) f(unit);
+    return;
+  }
+  std::array<Next, kMost> next;
+  for (int64_t t = 0; t < threads; ++t) next[t].unit = units * t / threads;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t t = (begin + i) % threads, end = units * (t + 1) / threads;
+      for (int64_t unit; (unit = next[t].unit.fetch_add(1, std::memory_order_relaxed)) < end;) f(unit);
+    }
+  });
+}
+
 // --- sums and means of rows ---
 
 // Vectors of a row whose sums stay in registers while the rows go by. A row that fits is then read as one stream with
@@ -31,8 +59,8 @@ inline constexpr int kSumVectors = 24;
 inline constexpr int kSumVectors = 12;
 #endif
 
-// What comes this many bytes later is asked for by name: the processor's own prefetching knows nothing of the run after
-// this one, and is too slow for half precision, whose widening fills its window of instructions.
+// What comes about this many bytes later is asked for by name: the processor's own prefetching knows nothing of the run
+// after this one, and is too slow for half precision, whose widening fills its window of instructions.
 constexpr int64_t kPrefetchBytes = 8 << 10;
 
 // Tokens next to each other, all wanted.
@@ -43,15 +71,16 @@ struct Run {
 };
 
 // `count` adjacent vectors of sums = (or, onto them, +=) those of the run's rows; of the last vector `last` elements
-// count. After the run, `next` will be read.
+// count. Rows are asked for `ahead` rows before they are read, those of `next` when the run has no more.
 template <class T, int kCount, bool kWhole>
-void add_columns(float* sums, Run<T> run, const T* next, int64_t stride, int64_t ahead, int last, bool onto) {
+void add_columns(float* sums, Run<T> run, Run<T> next, int64_t stride, int64_t ahead, int last, bool onto) {
   Vec total[kCount];
 #pragma GCC unroll 24
   for (int v = 0; v < kCount; ++v) total[v] = onto ? load(sums + v * kWidth) : Vec{};
   const T* row = run.first;
   for (int64_t r = 0; r < run.count; ++r, row += stride) {
-    const T* later = r + ahead < run.count ? row + ahead * stride : next + (r + ahead - run.count) * stride;
+    const int64_t left = run.count - ahead;
+    const T* later = r < left ? row + ahead * stride : next.first + std::min(r - left, next.count - 1) * stride;
 #pragma GCC unroll 24
     for (int v = 0; v < kCount; ++v) {
       if (v * kWidth * static_cast<int>(sizeof(T)) % 64 == 0) __builtin_prefetch(later + v * kWidth);
@@ -63,7 +92,7 @@ void add_columns(float* sums, Run<T> run, const T* next, int64_t stride, int64_t
 }
 
 template <class T>
-using AddColumns = void (*)(float*, Run<T>, const T*, int64_t, int64_t, int, bool);
+using AddColumns = void (*)(float*, Run<T>, Run<T>, int64_t, int64_t, int, bool);
 
 template <class T, bool kWhole>
 AddColumns<T> add_columns_of(int64_t count) {
@@ -75,15 +104,14 @@ AddColumns<T> add_columns_of(int64_t count) {
 
 // sums[0 … round_up(d, kWidth)) = (or, onto them, +=) Σ of the run's rows, `stride` elements apart.
 template <class T>
-void add_run(float* sums, Run<T> run, const T* next, int64_t d, int64_t stride, bool onto) {
+void add_run(float* sums, Run<T> run, Run<T> next, int64_t d, int64_t stride, int64_t ahead, bool onto) {
   const int64_t vectors = ceil_div(d, kWidth), blocks = ceil_div(vectors, kSumVectors);
-  const int64_t ahead = ceil_div(kPrefetchBytes, std::max<int64_t>(d * sizeof(T), 1));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = vectors * block / blocks, count = vectors * (block + 1) / blocks - begin;
     const int64_t column = begin * kWidth;
     const int last = static_cast<int>(std::min<int64_t>(d - column - (count - 1) * kWidth, kWidth));
     const auto add = last == kWidth ? add_columns_of<T, true>(count) : add_columns_of<T, false>(count);
-    add(sums + column, {run.first + column, run.count}, next + column, stride, ahead, last, onto);
+    add(sums + column, {run.first + column, run.count}, {next.first + column, next.count}, stride, ahead, last, onto);
   }
 }
 
@@ -193,7 +221,7 @@ Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
     std::vector<int64_t> counts(b_count * pieces);
 
     const int64_t group = std::max<int64_t>(kUnitBytes / piece_bytes, 1), total = b_count * pieces;
-    parallel(ceil_div(total, group), total * piece_bytes / kBytesPerNanosecond, [&](int64_t unit) {
+    parallel_stretches(ceil_div(total, group), total * piece_bytes / kBytesPerNanosecond, [&](int64_t unit) {
       // All runs of the unit are listed first, so that one's end can ask for the next one's beginning.
       const int64_t first = unit * group, last = std::min(first + group, total);
       thread_local std::vector<Run<T>> runs;
@@ -213,7 +241,9 @@ Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
         if (begin == end) std::fill_n(sums, padded, 0.f);
         for (; run < end; ++run) {
           const bool more = run + 1 < static_cast<int64_t>(runs.size());
-          add_run<T>(sums, runs[run], runs[more ? run + 1 : run].first, d, stride, run > begin);
+          // From further ahead than a run is long, the next one's beginning would not be asked for, but padding.
+          const int64_t ahead = std::min(runs[run].count, ceil_div(kPrefetchBytes, std::max<int64_t>(row_bytes, 1)));
+          add_run(sums, runs[run], runs[more ? run + 1 : run], d, stride, ahead, run > begin);
         }
         if (pieces == 1) write_mean(output + piece * d, sums, counts[piece], d);
       }
@@ -256,7 +286,8 @@ Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
         float* sums = length > kPiece ? slot(start + offset, offset == 0) : scratch.reserve(padded);
         const T* rows = input.row(start + offset);
         if (n == 0) std::fill_n(sums, padded, 0.f);
-        if (n > 0) add_run<T>(sums, {rows, n}, rows + n * input.stride, d, input.stride, false);
+        const Run<T> next{rows + n * input.stride, tokens};
+        if (n > 0) add_run(sums, {rows, n}, next, d, input.stride, ceil_div(kPrefetchBytes, row_bytes), false);
         if (length <= kPiece) write_mean(output + s * d, sums, n, d);
       }
     };
@@ -264,7 +295,7 @@ Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
     const int64_t unit_tokens = std::max<int64_t>(kUnitBytes / row_bytes, 1);
     const int64_t units = std::max<int64_t>(ceil_div(tokens, unit_tokens), 1);
     const int64_t cost = tokens * row_bytes / kBytesPerNanosecond + 4 * sequences.count();
-    parallel(units, cost, [&](int64_t unit) {
+    parallel_stretches(units, cost, [&](int64_t unit) {
       const int64_t from = unit * unit_tokens, before = unit + 1 < units ? from + unit_tokens : tokens + 1;
       int64_t s = sequences.first_from(from);
       if (s > 0 && sequences.start(s - 1) + kPiece < before && sequences.length(s - 1) > kPiece) {
@@ -301,13 +332,18 @@ class Share {
     for (; i + kWidth <= d; i += kWidth) store(row + i, load(grad + i) / divisor);
     if (i < d) store(row + i, load(grad + i, static_cast<int>(d - i)) / divisor, static_cast<int>(d - i));
     while (period_ < kLine) period_ += bytes;
-    for (i = bytes; i < period_ + kLine; ++i) memory_[i] = memory_[i - bytes];
+    for (int64_t done = bytes, more; done < period_ + kLine; done += more) {
+      more = std::min(done, period_ + kLine - done);
+      std::memcpy(memory_ + done, memory_, more);
+    }
   }
 
-  // Writes `count` bytes of the repeated row to p.
+  // Writes `count` bytes of the repeated row to p, whole cache lines but for the ends.
   void write(char* p, int64_t count) const {
-    int64_t offset = 0;
-    for (; count >= kLine; count -= kLine, p += kLine) {
+    const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(p) % kLine, count);
+    std::memcpy(p, memory_, head);
+    int64_t offset = head;
+    for (p += head, count -= head; count >= kLine; count -= kLine, p += kLine) {
       std::memcpy(p, memory_ + offset, kLine);
       offset += kLine;
       offset = offset >= period_ ? offset - period_ : offset;
@@ -333,16 +369,15 @@ Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_
     const Matrix<const T> gradient = matrix<T>(grad);
     char* output = reinterpret_cast<char*>(data<T>(out));
     const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T)), pieces = mask.pieces();
-    std::vector<int64_t> counts(b_count);
-    parallel(b_count, b_count * length / 2, [&](int64_t b) {
-      counts[b] = mask.runs(b, 0, length, [](int64_t, int64_t) {});
-    });
+    auto count_of = [&](int64_t b) { return mask.runs(b, 0, length, [](int64_t, int64_t) {}); };
+    std::vector<int64_t> counts(pieces > 1 ? b_count : 0);
+    if (pieces > 1) parallel(b_count, b_count * length / 2, [&](int64_t b) { counts[b] = count_of(b); });
     const int64_t piece_bytes = std::min(length, kPiece) * row_bytes;
     const int64_t group = std::max<int64_t>(kUnitBytes / piece_bytes, 1), total = b_count * pieces;
-    parallel(ceil_div(total, group), total * piece_bytes / kBytesPerNanosecond, [&](int64_t unit) {
+    parallel_stretches(ceil_div(total, group), total * piece_bytes / kBytesPerNanosecond, [&](int64_t unit) {
       for (int64_t piece = unit * group; piece < std::min((unit + 1) * group, total); ++piece) {
         const int64_t b = piece / pieces, begin = piece % pieces * kPiece, end = std::min(begin + kPiece, length);
-        const Share<T> share(gradient.row(b), counts[b], d);
+        const Share<T> share(gradient.row(b), pieces > 1 ? counts[b] : count_of(b), d);
         char* p = output + (b * length + begin) * row_bytes;
         int64_t done = 0;
         mask.runs(b, begin, end, [&](int64_t run, int64_t n) {
@@ -370,7 +405,7 @@ Tensor packed_mean_pool_backward(const Tensor& grad_in, const Tensor& cu_seqlens
     char* output = reinterpret_cast<char*>(data<T>(out));
     const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T));
     const int64_t unit_tokens = std::max<int64_t>(kUnitBytes / row_bytes, 1);
-    parallel(ceil_div(tokens, unit_tokens), tokens * row_bytes / kBytesPerNanosecond, [&](int64_t unit) {
+    parallel_stretches(ceil_div(tokens, unit_tokens), tokens * row_bytes / kBytesPerNanosecond, [&](int64_t unit) {
       const int64_t from = unit * unit_tokens, before = std::min(from + unit_tokens, tokens);
       for (int64_t s = std::max<int64_t>(sequences.first_from(from + 1) - 1, 0);
            s < sequences.count() && sequences.start(s) < before; ++s) {
