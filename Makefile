@@ -18,7 +18,8 @@ help:
 	@echo 'make clients  tests with KeyBERT, BERTopic, mteb and LangChain, which it installs'
 	@echo 'make sanitize tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make check    lint, formatting and types'
-	@echo 'make bench    benchmarks against sentence-transformers and PyTorch; writes bench/results/'
+	@echo 'make bench    benchmarks against sentence-transformers and PyTorch; writes bench/results/ and README.md;'
+	@echo '              with DATA=folder of texts, PEERS=folder for other runtimes (set up there), encode as well'
 	@echo 'make kernels  compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942 and check the machine code'
 	@echo 'make gpu      operator tests and benchmarks on the GPU of this machine'
 	@echo 'make clean    remove .venv and what was built or trained'
@@ -64,7 +65,10 @@ check: $(VENV)/.tools
 
 bench: $(VENV)/.tools
 	$(PY) -m pytest bench --benchmark-only --benchmark-json=bench/results/bench.json
+	$(if $(PEERS),$(PY) -m bench.encode_peers $(PEERS) --data $(DATA))
+	$(if $(PEERS),$(PY) -m bench.encode --data $(DATA) --peers $(PEERS))
 	$(PY) -m bench.report
+	$(PY) -m bench.readme
 
 kernels: $(VENV)/.tools
 	$(PY) -m triton_st.kernels.aot

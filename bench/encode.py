@@ -49,13 +49,15 @@ PEERS = {
     "openvino:float32": "ov",
     "openvino:bfloat16": "ov",
     "openvino:int8": "ov",
+    "openvino-dynamic:int8": "ov",
     "ctranslate2:float32": "ct2",
     "ctranslate2:int8": "ct2",
     "fastembed:float32": "fe",
 }
 """Contenders and the environment of each; None is this one."""
-STREAMED = ("onnxruntime", "openvino", "ctranslate2")
+STREAMED = ("onnxruntime", "openvino", "openvino-dynamic", "ctranslate2")
 """Runtimes that can compute two batches at a time, one thread each."""
+PARTS = ("main", "sweeps", "cold")
 BEGAN = time.perf_counter()
 
 Setting = dict[str, int]
@@ -148,8 +150,10 @@ def tuned(name: str, contender: Contender, texts: list[str]) -> Setting:
     return best[1]
 
 
-def start(peers: Path, texts: list[str], scratch: Path, with_compiled: bool) -> tuple[list[Contender], dict[str, str]]:
-    """All contenders in their best settings, and why others are absent."""
+def start(
+    peers: Path, texts: list[str], scratch: Path, with_compiled: bool, only: set[str] | None = None
+) -> tuple[list[Contender], dict[str, str]]:
+    """All contenders, or only those named, in their best settings, and why others are absent."""
     here, shim = Path(sys.executable), str(intel_shim(scratch))
     wanted: list[tuple[str, Path, dict[str, str]]] = [("st", here, {}), ("st mkl-intel", here, {"LD_PRELOAD": shim})]
     if with_compiled:
@@ -159,11 +163,11 @@ def start(peers: Path, texts: list[str], scratch: Path, with_compiled: bool) -> 
     file = peers / "settings.json"
     settings: dict[str, Setting] = json.loads(file.read_text()) if file.is_file() else {}
     contenders, absent = [], {}
-    for name, python, variables in wanted:
+    for name, python, variables in [each for each in wanted if only is None or each[0] in only]:
         try:
             if name not in settings and name != "st" and name not in OURS:  # as it comes; and ours has no setting
                 say(f"trying settings of {name}")
-                trial = Contender(name, python, peers / "models", **variables)
+                trial = Contender(name, python, peers / "models", None, **variables)
                 settings[name] = tuned(name, trial, texts[:384])
                 trial.close()
                 file.write_text(json.dumps(settings, indent=1) + "\n")
@@ -234,17 +238,18 @@ def cold_start(peers: Path, scratch: Path) -> float:
     return contender.started["start"]
 
 
-def sweeps(contenders: list[Contender], best_peers: dict[str, str], texts: list[str]) -> dict[str, Any]:
-    """Seconds a token by length, seconds a text by texts in a call: ours, the best peer of each precision, and st."""
-    shown = [c for c in contenders if c.name in OURS or c.name in best_peers.values() or c.name == "st"]
-    by_length: dict[str, dict[int, float]] = {c.name: {} for c in shown}
-    by_batch: dict[str, dict[int, float]] = {c.name: {} for c in shown}
-    for length, contender in itertools.product(LENGTHS, shown):
+def sweeps(contenders: list[Contender], texts: list[str]) -> dict[str, Any]:
+    """Seconds a token by length, seconds a text by texts in a call."""
+    by_length: dict[str, dict[int, float]] = {c.name: {} for c in contenders}
+    by_batch: dict[str, dict[int, float]] = {c.name: {} for c in contenders}
+    for contender in contenders:
+        contender.ask(texts[:64])
+    for length, contender in itertools.product(LENGTHS, contenders):
         count = 4096 // length
         sentences = [("dog " * (length - 2)).strip()] * count
         by_length[contender.name][length] = min(contender.ask(sentences, repeat=2)["seconds"]) / count / length
     say("length sweep done")
-    for size, contender in itertools.product(BATCHES, shown):
+    for size, contender in itertools.product(BATCHES, contenders):
         if size > 256 and contender.name not in OURS:
             continue  # minutes, and no news: the main table has 2,000
         repeat = max(1, min(20, 256 // size))
@@ -255,9 +260,7 @@ def sweeps(contenders: list[Contender], best_peers: dict[str, str], texts: list[
     return {"length_sweep": by_length, "batch_sweep": by_batch}
 
 
-def measure(
-    contenders: list[Contender], texts: list[str], data: Path, scratch: Path, rounds: int
-) -> dict[str, Any]:  # fmt: skip
+def measure(contenders: list[Contender], texts: list[str], data: Path, scratch: Path, rounds: int) -> dict[str, Any]:
     """Parity, then everything timed, contenders taking turns."""
     from tokenizers import Tokenizer
 
@@ -282,12 +285,11 @@ def measure(
         for contender in contenders:
             seconds[contender.name] += contender.ask(texts)["seconds"]
         say(f"round {number} done")
-    for _ in range(5):
+    for _ in range(3):
         for contender in contenders:
             latency[contender.name] += contender.ask([ONE], repeat=60, streams=1)["seconds"]
     say("latency done")
     medians = {name: statistics.median(each) for name, each in seconds.items()}
-    best = encode_page.best_peers(medians)
     work = operations(folder, lengths)
     return {
         "threads": THREADS,
@@ -304,7 +306,6 @@ def measure(
         "settings": {c.name: c.setting for c in contenders},
         "share_of_peak": {name: work / medians[name] / PEAK[name.partition(":")[2]] for name in OURS},
         "spearman": spearman_on_stsb([c for c in contenders if c.name in OURS], data, scratch),
-        **sweeps(contenders, best, texts),
     }
 
 
@@ -321,7 +322,8 @@ def million(data: Path, dtype: str, texts: int) -> dict[str, Any]:
 
     model = SentenceTransformer(str(model_folder()), device="cpu", dtype=dtype)
     model.encode(short[:4096])
-    done, points, began = 0, [], time.perf_counter()
+    points: list[dict[str, Any]] = []
+    done, began = 0, time.perf_counter()
     for chunk in model.encode_iter(stream()):
         assert np.isfinite(chunk).all()
         done += len(chunk)
@@ -338,34 +340,49 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="what bench.encode_peers made; without it only this environment's")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed calls of each contender")
     parser.add_argument("--texts", type=int, default=TEXTS, help="how many texts; results are kept for all 2,000 only")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure; the rest stays")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile of sentence-transformers as well")
     parser.add_argument("--million", nargs="?", type=int, const=1_000_000, metavar="N", help="encode a long stream")
     parser.add_argument("--dtype", default="int8", choices=PEAK, help="arithmetic of --million")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
     if args.million:
-        result = million(args.data, args.dtype, args.million)
-        encode_page.MILLION.write_text(json.dumps(result, indent=1) + "\n")
+        stream = million(args.data, args.dtype, args.million)
+        encode_page.MILLION.write_text(json.dumps(stream, indent=1) + "\n")
         encode_page.write()
         return
     texts = varied_texts(args.data)[: args.texts]
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
+        result_file = encode_page.RESULT if args.texts == TEXTS else scratch / "result.json"
         peers = args.peers or scratch
         Contender(OURS[0], Path(sys.executable), peers).close()  # kernels built, libraries read from the disk
-        contenders, absent = start(peers, texts, scratch, args.compiled)
-        try:
-            result = {"absent": absent, **measure(contenders, texts, args.data, scratch, args.rounds)}
-        finally:
-            for contender in contenders:
-                contender.close()
-        result["cold_start"] = cold_start(peers, scratch)
-        say("cold start done")
-    result["wall"] = time.perf_counter() - BEGAN
+        result: dict[str, Any] = {}
+        for part in [part for part in PARTS if part in args.parts]:
+            result = json.loads(result_file.read_text()) if result_file.is_file() else {}
+            began = time.perf_counter()
+            if part == "cold":
+                result["cold_start"] = cold_start(peers, scratch)
+            else:
+                only = None
+                if part == "sweeps":
+                    only = {*OURS, *encode_page.best_peers(result["seconds"]).values()}
+                contenders, absent = start(peers, texts, scratch, args.compiled, only)
+                try:
+                    if part == "main":
+                        result |= {"absent": absent, **measure(contenders, texts, args.data, scratch, args.rounds)}
+                    else:
+                        result |= sweeps(contenders, texts)
+                finally:
+                    for contender in contenders:
+                        contender.close()
+            result["wall"] = result.get("wall", {}) | {part: time.perf_counter() - began}
+            result_file.write_text(json.dumps(result, indent=1) + "\n")
+            say(f"{part}: done in {result['wall'][part]:.0f} s")
+        result = json.loads(result_file.read_text())
     if args.texts == TEXTS:
-        encode_page.RESULT.write_text(json.dumps(result, indent=1) + "\n")
         encode_page.write()
-    print(encode_page.page(json.loads(json.dumps(result))))
+    print(encode_page.page(result))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Quantizes a sentence encoder for OpenVINO: int8 weights and activations, by NNCF, calibrated on real texts.
+"""Quantizes a sentence encoder for OpenVINO by NNCF: int8.xml and dynamic.xml.
+
+In int8.xml weights and activations are int8, calibrated on real texts; in dynamic.xml weights are, and the runtime
+quantizes activations as they come.
 
 python encode_openvino.py MODEL_FOLDER MODELS TEXTS, in an environment with openvino, nncf and tokenizers: MODELS holds
-plain.onnx and gets int8.xml; TEXTS holds one text a line.
+plain.onnx and gets both; TEXTS holds one text a line.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from tokenizers import Tokenizer
 
 
 def main() -> None:
-    """Write int8.xml."""
+    """Write both."""
     folder, models, texts = map(Path, sys.argv[1:])
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
@@ -33,6 +36,10 @@ def main() -> None:
         subset_size=len(lines),
     )
     ov.save_model(quantized, models / "int8.xml", compress_to_fp16=False)
+    compressed = nncf.compress_weights(
+        ov.Core().read_model(models / "plain.onnx"), mode=nncf.CompressWeightsMode.INT8_SYM
+    )
+    ov.save_model(compressed, models / "dynamic.xml", compress_to_fp16=False)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,11 @@ def best_peers(values: dict[str, float]) -> dict[str, str]:
 def label(name: str) -> str:
     """How a contender is called in tables."""
     library, _, rest = name.partition(":")
-    names = {"st": "sentence-transformers", "st mkl-intel": "sentence-transformers, MKL told “Intel”"}
+    names = {
+        "st": "sentence-transformers",
+        "openvino-dynamic": "openvino, dynamic,",
+        "st mkl-intel": "sentence-transformers, MKL told “Intel”",
+    }
     names["st-compile mkl-intel"] = "the same, torch.compile and freezing"
     return names.get(name, f"{names.get(library, library)} {rest}")
 
@@ -137,7 +141,7 @@ def lost(result: Result) -> list[str]:
             mine = p50[ours(precision_of(name))]
             cases.append(f"one text: {label(name)} {seconds * 1e3:.2f} ms against {mine * 1e3:.2f} ms")
     for key, unit in (("length_sweep", "tokens"), ("batch_sweep", "texts in a call")):
-        for name, each in result[key].items():
+        for name, each in result.get(key, {}).items():
             for n, seconds in each.items():
                 mine = result[key][ours(precision_of(name))].get(n)
                 if not is_ours(name) and seconds < mine:
@@ -205,15 +209,18 @@ def page(result: Result) -> str:
     parts = [
         "# Encoding on the CPU", _what(result), _intel(result), "![throughput and length sweep](encode.svg)",
         main_table(result),
-        f"Settings found: {settings}. int8: onnxruntime quantizes dynamically, per channel; OpenVINO's model is "
-        "quantized by NNCF, weights and activations, calibrated on 300 texts; CTranslate2 quantizes when it loads. "
-        "CTranslate2 and onnxruntime have no bfloat16 on a CPU." + (f" Not there: {absent}." if absent else ""),
-        f"With an empty kernel cache the start takes {result['cold_start']:.0f} s: the kernels are compiled, once.",
+        f"Settings found: {settings}. int8: onnxruntime quantizes dynamically, per channel; OpenVINO's models come "
+        "from NNCF, weights and activations quantized and calibrated on real texts, or (dynamic) weights alone; "
+        "CTranslate2 quantizes when it loads. CTranslate2 and onnxruntime have no bfloat16 on a CPU."
+        + (f" Not there: {absent}." if absent else ""),
+        f"With an empty kernel cache the start takes {result['cold_start']:.0f} s: the kernels are compiled, once."
+        if "cold_start" in result else "",
         "## Aims", verdicts,
         "## Against the best peer", best,
         "## Ours", own,
-        "## Tokens per second by sequence length", _sweep(result, "length_sweep"),
-        "## Texts per second by texts in a call", _sweep(result, "batch_sweep"),
+        *(["## Tokens per second by sequence length", _sweep(result, "length_sweep"),
+           "## Texts per second by texts in a call", _sweep(result, "batch_sweep")]
+          if "length_sweep" in result else []),
         "## Lost", "\n".join(f"- {case}" for case in cases) if cases else "No case of the above.",
     ]  # fmt: skip
     if MILLION.is_file():

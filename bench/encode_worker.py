@@ -3,10 +3,10 @@
     python encode_worker.py CONTENDER MODEL_FOLDER PEER_MODELS
 
 Contenders: triton_st:DTYPE, st, st-compile, st:bfloat16, onnxruntime:float32|int8, openvino:float32|bfloat16|int8,
-ctranslate2:float32|int8, fastembed:float32. A command is a JSON object with `texts` and perhaps `batch_size`, `streams`
-(batches computed at a time, the threads being shared out among them), `save` (where the embeddings go) and `repeat`;
-the answer has `seconds` of each run, and the process's `rss` and `peak`, resident bytes now and at most. The first line
-tells how long importing, loading and the first embedding took.
+openvino-dynamic:int8, ctranslate2:float32|int8, fastembed:float32. A command is a JSON object with `texts` and perhaps
+`batch_size`, `streams` (batches computed at a time, the threads being shared out among them), `save` (where the
+embeddings go) and `repeat`; the answer has `seconds` of each run, and the process's `rss` and `peak`, resident bytes
+now and at most. The first line tells how long importing, loading and the first embedding took.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def sentence_transformers(folder: str, dtype: str, compiled: bool = False) -> En
     model = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
     if compiled:
         torch._inductor.config.freezing = True
-        model[0].auto_model = torch.compile(model[0].auto_model, dynamic=True)
+        transformer: Any = model[0]
+        transformer.auto_model = torch.compile(transformer.auto_model, dynamic=True)
     return lambda texts, size, _: model.encode(texts, batch_size=size, show_progress_bar=False)
 
 
@@ -116,12 +117,12 @@ def onnxruntime(folder: str, models: str, dtype: str) -> Encode:
     return by_runtime(folder, load)
 
 
-def openvino(folder: str, models: str, dtype: str) -> Encode:
+def openvino(folder: str, models: str, dtype: str, name: str) -> Encode:
     import openvino as ov
 
     # What int8 leaves in floating point is faster in bfloat16.
     hints = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": "f32" if dtype == "float32" else "bf16"}
-    source = f"{models}/int8.xml" if dtype == "int8" else f"{models}/plain.onnx"
+    source = f"{models}/{name}"
 
     def load(streams: int) -> Run:
         compiled = ov.Core().compile_model(source, "CPU", {**hints, "NUM_STREAMS": streams})
@@ -198,7 +199,8 @@ def main() -> None:
         "st": lambda: sentence_transformers(folder, dtype or "float32"),
         "st-compile": lambda: sentence_transformers(folder, "float32", compiled=True),
         "onnxruntime": lambda: onnxruntime(folder, models, dtype),
-        "openvino": lambda: openvino(folder, models, dtype),
+        "openvino": lambda: openvino(folder, models, dtype, "int8.xml" if dtype == "int8" else "plain.onnx"),
+        "openvino-dynamic": lambda: openvino(folder, models, dtype, "dynamic.xml"),
         "ctranslate2": lambda: ctranslate2(folder, models, dtype),
         "fastembed": lambda: fastembed(models),
     }

@@ -89,7 +89,11 @@ def page(reports: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Read every report of pytest-benchmark, write the page."""
+    """Read every report of pytest-benchmark, write the page; write the page and the picture of `bench.encode` anew."""
+    from bench import encode_page  # which takes its tables from here
+
+    if encode_page.RESULT.is_file():
+        encode_page.write()
     reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     reports = [report for report in reports if isinstance(report, dict) and "benchmarks" in report]
     if not reports:
