@@ -68,7 +68,7 @@ def worker(*arguments: str) -> dict[str, Any]:
 
 
 def whole_run(cases: list[Case], train: Dataset, data: Path) -> dict[str, Any]:
-    """Seconds of the reference recipe's whole run, our processes before and after theirs."""
+    """Seconds of the reference recipe's whole run, our processes before and after theirs; the lesser of two."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for contender in ("fp32", "fp16", "st", "fp16", "fp32"):
         runs.setdefault(contender, []).append(worker("run", contender, cases[0].folder, str(data)))
@@ -77,7 +77,7 @@ def whole_run(cases: list[Case], train: Dataset, data: Path) -> dict[str, Any]:
     for name, run in first.items():
         assert all(run[what] >= first["st"][what] for what in ("steps", "evaluations", "checkpoints")), (name, first)
         assert abs(run["loss_last_10"] - first["st"]["loss_last_10"]) < 0.1, (name, first)  # dropout draws differ
-    seconds = {name: statistics.fmean(run["seconds"] for run in each) for name, each in runs.items()}
+    seconds = {name: min(run["seconds"] for run in each) for name, each in runs.items()}
     return {"seconds": seconds, "times_faster": {n: seconds["st"] / s for n, s in seconds.items()}, "runs": first}
 
 
@@ -209,8 +209,8 @@ def main() -> None:
         texts = (text for name in train.column_names for text in train[name])
         recipes.new_model(texts).save_pretrained(folder, create_model_card=False)
         cases = [
-            Case("reference recipe", folder, ("fp32", "fp16"), 128, 8_192, st_batches=1024),
-            Case("all-MiniLM-L6-v2", str(steps.minilm()), ("fp32", "bf16"), 64, 4_096, st_batches=256),
+            Case("reference recipe", folder, ("fp32", "fp16"), 128, 8_192, st_batches=512),
+            Case("all-MiniLM-L6-v2", str(steps.minilm()), ("fp32", "bf16"), 64, 4_096, st_batches=128),
         ]
         for name in args.only:
             say(name)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from serving import threads
-from training_runs import same_weights, tiny_data, tiny_model, trainer, weights
 from transformers import TrainerCallback
 
+from tests.serving import threads
+from tests.training_runs import same_weights, tiny_data, tiny_model, trainer, weights
 from triton_st.models.packing import Features, pack
 from triton_st.training import tokenized
 from triton_st.training.tokenized import TokenizedDataset
