@@ -183,7 +183,7 @@ def _intel(result: Result) -> str:
     whole = result["seconds"]["st"] / result["seconds"][ours("float32")]
     part = math.log(gain) / math.log(whole)
     return (
-        "MKL takes a slow path on processors that are not Intel's, as this one may be: told that it is, "
+        "MKL takes a slow path on AMD processors: told that the processor is Intel's, "
         f"sentence-transformers itself becomes {gain:.2f} times as fast. That is {part:.0%} of float32's gain over it "
         f"as it comes ({gain:.2f} of {whole:.2f}, as factors); the third column of the table leaves it out."
     )
