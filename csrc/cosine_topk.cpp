@@ -82,6 +82,9 @@ inline constexpr int kRowsAtOnce = 4, kQueriesAtOnce = 4;  // 20 sums and 8 oper
 inline constexpr int kRowsAtOnce = 2, kQueriesAtOnce = 4;  // 10 and 6 of 16
 #endif
 
+// Bytes ahead of what is read that are asked for. The processor's own prefetching stops where a page ends.
+inline constexpr int64_t kAhead = 4096;
+
 // Sums by lane, one vector for each pair of a row and a query, and of each row with itself.
 struct PartialSums {
   Vec products[kQueriesAtOnce][kWidth], squares[kWidth];
@@ -96,7 +99,10 @@ void multiply_rows(const T* const* rows, int r, int64_t d, const float* queries,
 #pragma GCC unroll 4
     for (int i = 0; i < kRowsAtOnce; ++i) {
       row[i] = read(rows[r + i] + k);
-      if constexpr (kSquares) squares[i] = fma(row[i], row[i], squares[i]);
+      if constexpr (kSquares) {
+        squares[i] = fma(row[i], row[i], squares[i]);
+        __builtin_prefetch(reinterpret_cast<const char*>(rows[r + i] + k) + kAhead, 0, 3);
+      }
     }
 #pragma GCC unroll 4
     for (int q = 0; q < kQueries; ++q) {
@@ -195,10 +201,15 @@ struct Division {
   Division(int64_t queries, int64_t rows, int64_t k) {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t panels = ceil_div(queries, kPanel);
-    groups = queries <= kFewQueries ? 1 : std::max(ceil_div(queries, kScoreColumns), std::min(threads, panels / 4));
-    // Stripes much shorter than this find most of their rows among the best, and sort more than they multiply.
-    const int64_t most = std::max<int64_t>(rows / (8 * k + 1024), 1);
-    stripes = threads == 1 ? 1 : std::min(ceil_div(4 * threads, groups), most);
+    // A short stripe finds most of its rows among the best and sorts more than it multiplies: `cheap` stripes are no
+    // such, more than `most` are worse than idle threads. Queries are divided first.
+    const int64_t cheap = std::max<int64_t>(rows / (32 * k + 1024), 1);
+    const int64_t most = std::max<int64_t>(rows / (4 * k + 512), 1);
+    const int64_t wanted = threads == 1 ? 1 : (cheap >= 4 * threads ? 4 : 2) * threads;
+    groups = queries <= kFewQueries
+                 ? 1
+                 : std::max(ceil_div(queries, kScoreColumns), std::min(ceil_div(wanted, cheap), panels));
+    stripes = std::min(ceil_div(wanted, groups), most);
   }
   int64_t groups, stripes;
 };
