@@ -61,12 +61,12 @@ np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 """
 
 
-@pytest.mark.parametrize("before", ["nothing", "threads", "another thread"])
+@pytest.mark.parametrize("before", ["threads", "another thread"])
 def test_a_forked_process_encodes(before: str) -> None:
     """Torch's threads do not survive a fork: a child that counted on them would wait for ever."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.getcwd(), "TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run(
-        [sys.executable, "-c", FORKED, before], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", FORKED, before], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("this process was forked: texts are encoded on one thread here") == 1
@@ -217,5 +217,5 @@ assert after < before + 3, (before, after)  # the embeddings between take 6 MiB,
 def test_a_stream_takes_no_more_memory_the_longer_it_is(backend_of: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", STREAMED, backend_of]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
