@@ -139,6 +139,23 @@ void write_mean_of_partials(T* out, const float* first, const float* others, int
 
 // --- masks ---
 
+bool is_integer(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64:
+      return true;
+    default:
+      return false;
+  }
+}
+
 // attention_mask [B, L] of any integer type.
 struct Mask {
   explicit Mask(const Tensor& x)
@@ -203,7 +220,11 @@ struct Mask {
   }
 };
 
+// The two forward operators refuse here all that they cannot take: Python looks only to name what was refused.
+
 Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
+  STD_TORCH_CHECK(hidden_in.dim() == 3 && attention_mask.dim() == 2 && is_integer(attention_mask.scalar_type()),
+                  "masked_mean_pool takes hidden [B, L, D] and attention_mask [B, L] of integers");
   const Tensor hidden = dense_rows(hidden_in);
   const Mask mask(attention_mask);
   const int64_t b_count = hidden.size(0), d = hidden.size(2);
@@ -262,6 +283,10 @@ Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
 // --- packed sequences ---
 
 Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
+  const ScalarType offsets = cu_seqlens.scalar_type();
+  STD_TORCH_CHECK(hidden_in.dim() == 2 && cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0 &&
+                      (offsets == ScalarType::Int || offsets == ScalarType::Long),
+                  "packed_mean_pool takes hidden [T, D] and cu_seqlens [B + 1] of int32 or int64");
   const Tensor hidden = dense_rows(hidden_in);
   const Sequences sequences(cu_seqlens, hidden.size(0));
   const int64_t d = hidden.size(1), tokens = hidden.size(0);

@@ -315,5 +315,30 @@ def test_compiled_kernels_check_what_they_are_called_with() -> None:
     """A direct call passes by the checks in Python: it must not read out of bounds."""
     with backend.use("cpp"):
         ops.packed_mean_pool(torch.zeros(1, 1), torch.tensor([0, 1]))  # loads the library
+    packed_mean_pool, masked_mean_pool = (
+        torch.ops.triton_st_cpp.packed_mean_pool,
+        torch.ops.triton_st_cpp.masked_mean_pool,
+    )
     with pytest.raises(RuntimeError, match="cu_seqlens must ascend"):
-        torch.ops.triton_st_cpp.packed_mean_pool(torch.zeros(4, 2), torch.tensor([0, 9, 4]))
+        packed_mean_pool(torch.zeros(4, 2), torch.tensor([0, 9, 4]))
+    for hidden, cu_seqlens in (
+        (torch.zeros(4, 2, 1), torch.tensor([0, 4])),
+        (torch.zeros(4), torch.tensor([0, 4])),
+        (torch.zeros(4, 2), torch.tensor([[0, 4]])),
+        (torch.zeros(4, 2), torch.tensor([0.0, 4.0])),
+        (torch.zeros(4, 2), torch.tensor([0, 4], dtype=torch.int16)),
+        (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)),
+    ):
+        with pytest.raises(RuntimeError, match="packed_mean_pool takes"):
+            packed_mean_pool(hidden, cu_seqlens)
+    for hidden, mask in (
+        (torch.zeros(4, 2), torch.ones(4, 2).long()),
+        (torch.zeros(4, 2, 3, 1), torch.ones(4, 2).long()),
+        (torch.zeros(4, 2, 3), torch.ones(4).long()),
+        (torch.zeros(4, 2, 3), torch.ones(4, 2)),
+        (torch.zeros(4, 2, 3), torch.ones(4, 2, dtype=torch.complex64)),
+    ):
+        with pytest.raises(RuntimeError, match="masked_mean_pool takes"):
+            masked_mean_pool(hidden, mask)
+    with pytest.raises(RuntimeError, match="attention_mask does not fit"):
+        masked_mean_pool(torch.zeros(4, 2, 3), torch.ones(4, 3).long())

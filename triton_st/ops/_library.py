@@ -43,15 +43,15 @@ _PLAIN = (int, float, bool, type(None), torch.dtype)
 
 
 # Private to torch: a release that lacks one of them gets the dispatcher always.
-_LISTENERS = [
+_dispatch_modes, _function_modes, _transforms = (
     getattr(torch._C, name, lambda: True)
     for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_are_functorch_transforms_active")
-]
+)
 
 
 def observed() -> bool:
     """Whether someone listens to what the dispatcher is asked for."""
-    return torch.compiler.is_compiling() or any(listens() for listens in _LISTENERS)
+    return bool(torch.compiler.is_compiling() or _dispatch_modes() or _function_modes() or _transforms())
 
 
 def define(
@@ -61,6 +61,7 @@ def define(
     fake: Callable[..., Any],
     check_values: Callable[..., object] | None = None,
     compute: Callable[..., Any] | None = None,
+    kernel_checks: bool = False,
 ) -> Callable[..., Any]:
     """Register one operator, and return what computes it once its arguments are checked.
 
@@ -70,15 +71,27 @@ def define(
         fake: the results' shapes and dtypes, for tracing.
         check_values: raises on wrong values; runs on CPU tensors only, where it costs no synchronisation.
         compute: what computes it, for an operator made of other operators; else the backend's function of its name.
+        kernel_checks: the C++ kernel itself refuses all that the checks refuse, which then only run to say why: checks
+            in Python take microseconds, and tens of them where a large batch has just gone through the caches.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
 
-    def implementation(*args: Any) -> Any:
+    def check_all(*args: Any) -> None:
         check(*args)
-        first: Tensor = args[0]
-        if check_values is not None and first.device.type == "cpu":
+        if check_values is not None and args[0].device.type == "cpu":
             check_values(*args)
+
+    def implementation(*args: Any) -> Any:
+        first: Tensor = args[0]
+        if kernel_checks and isinstance(first, Tensor) and first.dtype in backend.KERNEL_DTYPES:
+            try:
+                if backend.select(first) == "cpp":
+                    return backend.kernel(name, first)(*args)
+            except (RuntimeError, TypeError):
+                check_all(*args)
+                raise
+        check_all(*args)
         return (compute or backend.kernel(name, first))(*args)
 
     _implementations[name] = implementation

@@ -131,6 +131,7 @@ def _masked_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> No
 define(
     "masked_mean_pool(Tensor hidden, Tensor attention_mask) -> Tensor",
     check=_check_masked,
+    kernel_checks=True,
     fake=lambda hidden, attention_mask: hidden.new_empty(hidden.shape[0], hidden.shape[2]),
 )
 define(
@@ -144,6 +145,7 @@ define(
     "packed_mean_pool(Tensor hidden, Tensor cu_seqlens) -> Tensor",
     check=_check_packed,
     check_values=lambda hidden, cu_seqlens: check_cu_seqlens_values(cu_seqlens, len(hidden)),
+    kernel_checks=True,
     fake=lambda hidden, cu_seqlens: hidden.new_empty(cu_seqlens.shape[0] - 1, hidden.shape[1]),
 )
 define(
