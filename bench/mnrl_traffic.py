@@ -70,38 +70,76 @@ def _of_positives(a: dict[str, Any]) -> tuple[int, int]:
     return 0, a["row_count"] * (2 * a["D"] * a["queries"].element_size() + 16)
 
 
-def _of_sweep(a: dict[str, Any]) -> tuple[int, int]:
-    rows, columns, item = a["left_count"], a["right_count"], a["left"].element_size()
-    moved = (rows + columns) * (a["D"] * item + 4)
-    moved += rows * 4 * (2 + (a["bounds"] is not None)) + (16 * (rows + columns) if a["left_ids"] is not None else 0)
-    return 2 * rows * columns * a["D"], moved
+def _of_logits(a: dict[str, Any]) -> int:
+    rows, columns, prefixes = a["left_count"], a["right_count"], a.get("PREFIXES", 1)
+    moved = prefixes * 4 * ((rows + columns) * (1 + (prefixes > 1)) + rows * (1 + (a["bounds"] is not None)))
+    return moved + 4 * rows + (16 * (rows + columns) if a["left_ids"] is not None else 0)
+
+
+def _of_dots(a: dict[str, Any]) -> tuple[int, int]:
+    rows, columns, width = a["left_count"], a["right_count"], a["D"]
+    return 2 * rows * columns * width, (rows + columns) * width * a["left"].element_size()
 
 
 def _of_sums(a: dict[str, Any]) -> tuple[int, int]:
-    work, moved = _of_sweep(a)
+    work, moved = _of_dots(a)
     parts = math.ceil(a["right_count"] / a["part_columns"])
-    stripes = parts * a["left_count"] * (8 if a["hardest"] is None else 16)
-    return work, moved + stripes * (1 if a["fresh"] else 2)
+    stripes = parts * a["left_count"] * (8 * a.get("PREFIXES", 1) + (0 if a["hardest"] is None else 8))
+    return work, moved + _of_logits(a) + stripes * (1 if a["fresh"] else 2)
 
 
 def _of_weights(a: dict[str, Any]) -> tuple[int, int]:
-    work, moved = _of_sweep(a)
+    work, moved = _of_dots(a)
     parts = math.ceil(a["right_count"] / a["part_columns"])
     stored = a["left_count"] * a["right_count"] * a["weights"].element_size()
-    return work, moved + stored + a["left_count"] * (8 + 16 * parts)
+    return work, moved + _of_logits(a) + stored + a["left_count"] * (8 + 16 * parts)
+
+
+def _of_prefix_products(a: dict[str, Any]) -> tuple[int, int]:
+    work, moved = _of_dots(a)
+    rows, columns = a["left_count"], a["right_count"]
+    return work, moved + 4 * a["PREFIXES"] * (rows * columns + rows + columns)
+
+
+def _of_prefix_weights(a: dict[str, Any]) -> tuple[int, int]:
+    rows, columns, prefixes = a["left_count"], a["right_count"], a["PREFIXES"]
+    moved = prefixes * rows * columns * (4 + a["weights"].element_size())
+    row_blocks, column_blocks = math.ceil(rows / a["BLOCK_Q"]), math.ceil(columns / a["BLOCK_M"])
+    row_sums = column_blocks * rows * (8 + 8 * prefixes * (1 + (a["left_along"] is not None)))
+    column_sums = 4 * prefixes * columns * (row_blocks if a["right_along"] is not None else 0)
+    return 0, moved + _of_logits(a) + 8 * prefixes * rows + row_sums + column_sums
 
 
 def _of_weighted_sum(a: dict[str, Any]) -> tuple[int, int]:
     rows, terms, width, item = a["rows"], a["terms"], a["D"], a["x"].element_size()
-    sums = 4 * a["out"].shape[0] * rows * width * (2 if a["accumulate"] else 1)
-    return 2 * rows * terms * width, rows * terms * item + terms * width * item + sums
+    panels = a["SEGMENTS"]
+    sums = 4 * a["out"].shape[0] * rows * a["WIDTH"] * (2 if a["accumulate"] else 1)
+    return 2 * rows * terms * width, panels * rows * terms * item + terms * width * item + sums
 
 
 def _of_projection(a: dict[str, Any]) -> tuple[int, int]:
     count, width, item = a["count"], a["WIDTH"], a["x"].element_size()
     read = 4 * a["parts"] * width + a["D"] * item + 8
     partners = a["pairs"] * (a["D"] * item + 4 * a["share_parts"] + 8)
-    return 0, count * (read + (8 if a["accumulate"] else 4) * a["D"]) + partners
+    return 0, count * (read + 4 * a["D"]) + partners
+
+
+def _of_prefix_copies(a: dict[str, Any]) -> tuple[int, int]:
+    """A segment is read for the norm of each prefix that it is part of, and once more to be copied."""
+    read = a["EDGES"][-1] + (sum(a["EDGES"]) if a["power_out"] is not None else 0)
+    facts = 12 * a["PREFIXES"] if a["power_out"] is not None else 0
+    return 0, a["count"] * ((read + a["STARTS"][-1]) * a["x"].element_size() + facts)
+
+
+def _of_pairs(a: dict[str, Any]) -> tuple[int, int]:
+    return 0, a["pairs"] * a["PREFIXES"] * (8 + (16 if a["q_norm"] is not None else 0))
+
+
+def _of_prefix_projection(a: dict[str, Any]) -> tuple[int, int]:
+    count, width, prefixes, item = a["count"], a["EDGES"][-1], a["PREFIXES"], a["x"].element_size()
+    facts = 16 * prefixes if a["norm"] is not None else 0
+    partners = a["pairs"] * (width * item + 12 * prefixes) if a["other"] is not None else 0
+    return 0, count * (4 * a["parts"] * a["WIDTH"] + width * (item + 4) + facts) + partners
 
 
 def _of_losses(a: dict[str, Any]) -> tuple[int, int]:
@@ -116,6 +154,12 @@ COUNTS: dict[str, Callable[[dict[str, Any]], tuple[int, int]]] = {
     "_weights_kernel": _of_weights,
     "_weighted_sum_kernel": _of_weighted_sum,
     "_project_kernel": _of_projection,
+    "_prefix_copy_kernel": _of_prefix_copies,
+    "_prefix_sums_kernel": _of_sums,
+    "_prefix_products_kernel": _of_prefix_products,
+    "_prefix_weights_kernel": _of_prefix_weights,
+    "_pairs_kernel": _of_pairs,
+    "_prefix_project_kernel": _of_prefix_projection,
 }
 """Of each kernel: floating-point operations in products, and bytes read and written, for the arguments of a launch."""
 
@@ -222,7 +266,9 @@ def page() -> str:
     parts.append("## What options cost, B = 4,096, D = 384")
     parts.append(
         "A direction is one more block of similarities (documents against queries [B, B], against documents [B, M], "
-        "queries against queries [B, B]); a prefix is a pass of its own over its columns."
+        "queries against queries [B, B]). Prefixes share the sweeps over D: their products are those of D, each "
+        "segment padded to whole blocks of 64 columns. What they cost besides is bytes: products of each prefix in "
+        "float32, and one panel of weights for each segment, which stay in the L2 cache as far as it goes."
     )
     plain = sum(work for _, work, _ in by_kernel(launches(4096, 8192, 384)).values())
     rows = []

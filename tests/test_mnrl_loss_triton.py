@@ -14,8 +14,9 @@ from triton_st import backend, kernels, reference
 from triton_st.kernels import common
 from triton_st.kernels.common import Tile
 
-rows_module = importlib.import_module("triton_st.kernels.mnrl_rows")
+sweeps_module = importlib.import_module("triton_st.kernels.mnrl_sweeps")
 blocks_module = importlib.import_module("triton_st.kernels.mnrl_blocks")
+prefix_blocks_module = importlib.import_module("triton_st.kernels.mnrl_prefix_blocks")
 products_module = importlib.import_module("triton_st.kernels.products")
 
 HALF_AND_SINGLE = pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -130,27 +131,33 @@ def test_options(options: dict[str, Any], dtype: torch.dtype, device: torch.devi
 @HALF_AND_SINGLE
 @pytest.mark.parametrize("tile", [Tile(128, 128, 64, 8, 3), Tile(64, 32, 64, 4, 3), Tile(128, 64, 16, 8, 2)], ids=str)
 def test_every_tile_size(tile: Tile, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (rows_module, products_module):
+    for module in (sweeps_module, products_module):
         monkeypatch.setattr(module, "product_tile", lambda *_, **__: tile)
     assert_right(arguments(67, 2, 20, dtype, device, directions=1 | DOC_TO_DOC))
+    assert_right(arguments(67, 2, 20, dtype, device, directions=1 | DOC_TO_DOC, dims=[8, 20], dim_weights=[1, 2]))
 
 
+@pytest.mark.parametrize("dims", [[], [8, 24]], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "copied"), [(torch.float32, "at once"), (torch.float32, "by panels"), (torch.float16, "by panels")]
 )
-def test_panels(copied: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_panels(
+    copied: str, dims: list[int], dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two panels of queries, several of documents; own columns lie in some of them only."""
-    given = arguments(20, 4, 24, dtype, device, directions=EVERY_DIRECTION, others=4, dims=[8, 24], dim_weights=[1, 2])
+    weights = [float(1 + i) for i in range(len(dims))]
+    given = arguments(20, 4, 24, dtype, device, directions=EVERY_DIRECTION, others=4, dims=dims, dim_weights=weights)
     whole = kernels.mnrl_rows(**given)
-    monkeypatch.setattr(rows_module, "PANEL_ROWS", 16)
-    monkeypatch.setattr(rows_module, "PANEL_BYTES", 16 * 64 * dtype.itemsize)
+    monkeypatch.setattr(sweeps_module, "PANEL_ROWS", 16)
+    monkeypatch.setattr(sweeps_module, "PANEL_BYTES", 16 * 64 * dtype.itemsize)
     if copied == "by panels":
-        monkeypatch.setattr(rows_module, "COPY_BYTES", 0)
-        monkeypatch.setattr(rows_module, "MIN_COPIED_ROWS", 32)
+        monkeypatch.setattr(sweeps_module, "COPY_BYTES", 0)
+        monkeypatch.setattr(sweeps_module, "MIN_COPIED_ROWS", 32)
     with common.recording("cuda") as launches:
         kernels.mnrl_rows(**given)
-    count = sum(launch.kernel is blocks_module._weights_kernel for launch in launches)
-    assert count == 2 * 2 * ((2 + 1 + 1 + 2) if copied == "at once" else (3 + 1 + 1 + 3))
+    kernel = prefix_blocks_module._prefix_weights_kernel if dims else blocks_module._weights_kernel
+    count = sum(launch.kernel is kernel for launch in launches)
+    assert count == 2 * ((2 + 1 + 1 + 2) if copied == "at once" else (3 + 1 + 1 + 3))
     for name, actual, expected in zip(RESULTS, assert_right(given), whole, strict=True):
         bound = 64 * torch.finfo(dtype).eps * expected.abs().max().item()
         torch.testing.assert_close(actual, expected, rtol=0, atol=bound, msg=name)
@@ -241,9 +248,70 @@ def test_four_products_and_a_known_cost_of_options() -> None:
     }
     product = 2 * 4096 * 8192 * 384
     assert {name: work / product for name, work in counted.items()} == {
-        "plain": 4, "symmetric": 6, "every direction": 12, "four prefixes (D, D/2, D/4, D/8)": 8,
+        "plain": 4, "symmetric": 6, "every direction": 12, "four prefixes (D, D/2, D/4, D/8)": 4 * 448 / 384,
         "ids, margin, hardness": 4,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [(1,), (2, 1), (8, 4, 2, 1), tuple(8 / i for i in range(8, 0, -1))], ids=len)
+def test_prefixes_take_one_sweep(parts: tuple[float, ...]) -> None:
+    """However many prefixes there are, products are those over the longest alone."""
+    b, m, d = 512, 1024, 512
+    form = {"dims": sorted(int(d / part) for part in parts), "dim_weights": [1.0] * len(parts)}
+    for gradients, products in ((True, 4), (False, 1)):
+        recorded = mnrl_traffic.launches(b, m, d, gradients=gradients, **form)
+        counted = mnrl_traffic.by_kernel(recorded)
+        assert sum(work for _, work, _ in counted.values()) == products * 2 * b * m * d
+        sweeps = sum("sums_kernel" in launch.kernel.fn.__name__ for launch in recorded)
+        assert sweeps == 1
+
+
+@HALF_AND_SINGLE
+@pytest.mark.parametrize("directions", [1, EVERY_DIRECTION])
+def test_many_prefixes(directions: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Of every length there is; cosines of the first, one column, are ±1."""
+    dims = [*range(1, 12), 20, 30, 40, 49, 50]
+    weights = torch.linspace(0.2, 2, len(dims)).tolist()
+    assert_right(arguments(17, 2, 50, dtype, device, directions=directions, dims=dims, dim_weights=weights))
+    given = arguments(17, 2, 50, dtype, device, directions=directions, dims=[1, 50], dim_weights=[1.0, 0.0])
+    _, grad_q, grad_d, *_ = kernels.mnrl_rows(**given)
+    assert not grad_q.any()
+    assert not grad_d.any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float16, 2.0**-14), (torch.float32, 1e-11), (torch.float32, 1e-25), (torch.float32, 1e25)],
+)
+def test_prefixes_of_any_size(dtype: torch.dtype, size: float, device: torch.device) -> None:
+    """First columns far smaller, or larger, than the rest, or 0; half of the rows are ordinary."""
+    given = arguments(12, 2, 40, torch.float32, device, dims=[6, 20, 40], dim_weights=[1.0, 1.0, 1.0])
+    for name in ("queries", "documents"):
+        given[name][::2, :6] *= size
+        given[name][3, :6] = 0
+        given[name][5, :20] = 0
+        given[name][7] = 0
+        given[name] = given[name].to(dtype)
+    _, *actual = kernels.mnrl_rows(**given)
+    _, *exact = reference.mnrl_rows(**widened(given))
+    for a, e in zip(actual[:2], exact[:2], strict=True):
+        assert a.isfinite().all()
+        for columns in (slice(0, 6), slice(6, 20), slice(20, 40)):
+            error, norm = (a.double() - e)[:, columns].norm(dim=1), e[:, columns].norm(dim=1)
+            assert (error <= (1e-2 if dtype == torch.float16 else 1e-4) * norm).all(), (error / norm).max()
+
+
+@HALF_AND_SINGLE
+def test_prefixes_of_rows_of_nearly_one_direction(dtype: torch.dtype, device: torch.device) -> None:
+    """What lies along the rows is a hundred times what is left of the gradient, and rounded weights turn no row."""
+    given = arguments(24, 2, 48, torch.float32, device, dims=[16, 32, 48], dim_weights=[1.0, 1.0, 1.0])
+    one = torch.randn(48, generator=torch.Generator().manual_seed(1)).to(device)
+    for name in ("queries", "documents"):
+        given[name] = (one + 0.01 * given[name]).to(dtype)
+    _, *actual = kernels.mnrl_rows(**given)
+    _, *exact = reference.mnrl_rows(**widened(given))
+    for a, e in zip(actual[:2], exact[:2], strict=True):
+        assert (a.double() - e).norm() <= (2e-3 if dtype == torch.float16 else 2e-5) * e.norm()
 
 
 def test_repeats_bit_for_bit(device: torch.device) -> None:

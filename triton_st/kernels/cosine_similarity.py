@@ -89,7 +89,7 @@ def cosine_similarity_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tens
     m, n = grad.shape
     a_copy, b_copy = copy_rows(scaled_a, scaled_b)
     width = a_copy.shape[1]
-    a_sums, b_sums = new_sums(a, width, m, n, m), new_sums(b, width, n, m, n)
+    a_sums, b_sums = new_sums(a, (0, width), m, n, m), new_sums(b, (0, width), n, m, n)
     weight = 2.0**COPY_EXPONENT  # over the norm: between 1/2 and 1, which no half in grad overflows or vanishes by
     weighted_sum(grad, b_copy, a_sums, norm=scaled_b.norm, weight=weight)
     weighted_sum(grad, a_copy, b_sums, norm=scaled_a.norm, weight=weight, transposed=True)

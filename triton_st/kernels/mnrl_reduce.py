@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from triton_st.kernels.common import launch
+from triton_st.kernels.mnrl_prefix_rows import PrefixRows, Segments
 from triton_st.kernels.rows import Scaled, block_of, divisor, exponent_of, norms, power_of_two
 
 LOSS_ROWS = 128
@@ -129,9 +132,10 @@ def _losses_kernel(
 def _gathered_kernel(
     sums,  # [1 or more, M, WIDTH] float32; the first part is written to
     norm,  # [M] or None
-    queries, q_power, q_norm,  # [B, D], lines STRIDE apart; [B] each, or None
+    queries, q_power, q_norm,  # [B, D], lines STRIDE apart; [B] each, or None: the rows, or their copies, as they are
     order, starts,  # [B] queries by target, [M + 1] where each document's begin
     share,  # [B]
+    along, radials,  # [M], [B] or None: what else a document's sum is subtracted from, and is the sum of
     largest,
     undo,
     STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -151,12 +155,19 @@ def _gathered_kernel(
             for place in range(start, stop):
                 row = tl.load(order + place)
                 factor = tl.load(share + row)
-                if norm is not None:
+                if q_norm is not None:
                     factor *= tl.load(q_power + row) / tl.load(q_norm + row)
+                elif q_power is not None:
+                    factor *= tl.load(q_power + row)
                 value = tl.load(queries + row.to(tl.int64) * STRIDE + first + column, mask=mask, other=0)
                 total += value.to(tl.float32) * factor
             at = sums + first + column
             tl.store(at, tl.load(at, mask=mask, other=0) - total / unit, mask=mask)
+        if along is not None:
+            radial = 0.0
+            for place in range(start, stop):
+                radial += tl.load(radials + tl.load(order + place))
+            tl.store(along + document, tl.load(along + document) - radial / unit)
 
 
 def subtract_gathered(
@@ -166,14 +177,59 @@ def subtract_gathered(
 
     A document may be the positive of many queries or of none, so each adds up its own queries' rows, sorted beforehand.
     """
+    order, starts = _by_target(targets, len(documents))
+    _subtract(
+        sums, documents.norm, queries.rows, queries.power, queries.norm, order, starts, share.sum(0), None, None,
+        largest, undo,
+    )  # fmt: skip
+
+
+def subtract_gathered_prefixes(
+    sums: Tensor,
+    along: Tensor | None,
+    queries: PrefixRows,
+    targets: Tensor,
+    factors: Tensor,
+    radials: Tensor,
+    segments: Segments,
+    largest: Tensor,
+    undo: float,
+) -> None:
+    """As `subtract_gathered`, of rows in segments; and from `along` [prefixes, M] what it takes of that."""
+    order, starts = _by_target(targets, sums.shape[1])
+    for p, (begin, end) in enumerate(itertools.pairwise(segments.edges)):
+        power = None if queries.power is None else queries.power[p]
+        _subtract(
+            sums[:, :, begin:], None, queries.rows[:, begin:end], power, None, order, starts, factors[p],
+            None if along is None else along[p], radials[p], largest, undo,
+        )  # fmt: skip
+
+
+def _by_target(targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Queries in the order of their targets, and where those of each of `count` documents begin."""
     ordered, order = torch.sort(targets, stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(len(documents) + 1, device=targets.device))
-    d = queries.rows.shape[1]
+    return order, torch.searchsorted(ordered, torch.arange(count + 1, device=targets.device))
+
+
+def _subtract(
+    sums: Tensor,
+    norm: Tensor | None,
+    queries: Tensor,
+    q_power: Tensor | None,
+    q_norm: Tensor | None,
+    order: Tensor,
+    starts: Tensor,
+    share: Tensor,
+    along: Tensor | None,
+    radials: Tensor | None,
+    largest: Tensor,
+    undo: float,
+) -> None:
+    d = queries.shape[1]
     launch(
-        _gathered_kernel, (len(documents),),
-        sums=sums, norm=documents.norm, queries=queries.rows, q_power=queries.power, q_norm=queries.norm,
-        order=order, starts=starts, share=share.sum(0), largest=largest, undo=undo,
-        STRIDE=queries.rows.stride(0), D=d, WIDTH=sums.shape[2],
+        _gathered_kernel, (len(starts) - 1,),
+        sums=sums, norm=norm, queries=queries, q_power=q_power, q_norm=q_norm, order=order, starts=starts, share=share,
+        along=along, radials=radials, largest=largest, undo=undo, STRIDE=queries.stride(0), D=d, WIDTH=sums.stride(1),
         BLOCK_D=min(1024, max(16, triton.next_power_of_2(d))), num_warps=4,
     )  # fmt: skip
 
@@ -190,21 +246,21 @@ def positives(
     weight: float,
     margin: float | None,
     relative: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Each row's positive similarity, scale, coefficient of its gradient, and bound by the margin. [B] each."""
+    out: Tensor,
+) -> None:
+    """Into out [4, B] or, without margin, [3, B]: each row's positive similarity, scale, coefficient of its gradient,
+    and bound by the margin.
+    """
     b, d = queries.shape
-    values = queries.new_empty(3 if margin is None else 4, b, dtype=torch.float32)
-    bounds = None if margin is None else values[3]
     block_rows, block_columns = block_of(d)
     launch(
         _positives_kernel, (triton.cdiv(b, block_rows),),
         queries=queries, documents=documents, targets=targets, scale=scale, row_weights=row_weights,
-        positives=values[0], row_scales=values[1], coefficients=values[2], bounds=bounds,
+        positives=out[0], row_scales=out[1], coefficients=out[2], bounds=None if margin is None else out[3],
         own_first=own_first, row_count=b, scale_stride=scale.dim(), weight=weight, margin=float(margin or 0),
         STRIDE=queries.stride(0), D=d, BLOCK_R=block_rows, BLOCK_D=block_columns, NORMALIZED=normalized,
         RELATIVE=relative, num_warps=4,
     )  # fmt: skip
-    return values[0], values[1], values[2], bounds
 
 
 PROMISES = {

@@ -130,7 +130,9 @@ def _write_copy(
     x += first.to(tl.int64) * STRIDE
     copy += first.to(tl.int64) * WIDTH
     if power_out is not None:
-        power = _write_scale(x, power_out + first, norm_out + first, left, STRIDE, D, BLOCK_R, BLOCK_D)
+        power, norm = scale_of(x, row * STRIDE, row < left, D, BLOCK_R, BLOCK_D)
+        tl.store(power_out + first + row, power, mask=row < left)
+        tl.store(norm_out + first + row, norm, mask=row < left)
     for start in range(0, WIDTH, BLOCK_D):
         mask = (row < left)[:, None] & (start + column < D)[None, :]
         value = tl.load(x + row[:, None] * STRIDE + column[None, :] + start, mask=mask, other=0)
@@ -142,23 +144,22 @@ def _write_copy(
 
 
 @triton.jit
-def _write_scale(
-    x, power_out, norm_out, left,
-    STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Writes, and returns, the power of two of each row's copy, and writes the copy's norm."""
-    row = tl.arange(0, BLOCK_R)
-    norm, power = norms(x, row * STRIDE, row < left, D, BLOCK_R, BLOCK_D)
+def scale_of(x, offset, inside, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Power of two of each row's copy, 0 for a row of zeros, and the copy's norm. [BLOCK_R] each."""
+    norm, power = norms(x, offset, inside, D, BLOCK_R, BLOCK_D)
     below = (norm < _EPS * power) & (norm > 0)
     ordinary = (norm > 0) & (norm < float("inf"))
     shift = tl.where(ordinary, _COPY_EXPONENT - floor_log2(norm), 0)
     power = power_of_two(shift + tl.where(ordinary, floor_log2(power), 0))
     power = tl.where(norm == 0, 0.0, tl.where(below, _BELOW_EPS_POWER, power))
     norm = tl.where(below, _BELOW_EPS_NORM, norm * power_of_two(shift))
-    norm = tl.where(norm == 0, float("inf"), norm)
-    tl.store(power_out + row, power, mask=row < left)
-    tl.store(norm_out + row, norm, mask=row < left)
-    return power
+    return power, tl.where(norm == 0, float("inf"), norm)
+
+
+@triton.jit
+def below_eps(power):
+    """Whether rows of these powers, as `scale_of` gives them, are shorter than EPS, so that their length counts."""
+    return power == _BELOW_EPS_POWER
 
 
 @triton.jit(do_not_specialize=["a_count", "b_count"])
@@ -203,11 +204,7 @@ def _through_norm(
     return grad, unit, mask
 
 
-@triton.jit(
-    do_not_specialize=[
-        "count", "parts", "part_rows", "pair_first", "pairs", "share_parts", "share_stride", "accumulate",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["count", "parts", "part_rows", "pair_first", "pairs", "share_parts", "share_stride"])
 def _project_kernel(
     sums,  # [parts, part_rows ≥ count, WIDTH ≥ D] float32: gradient of the unit rows, in parts
     x, power, norm, out,  # [count, D], [count], [count], [count, D]; norm None: the rows count as they are
@@ -216,7 +213,7 @@ def _project_kernel(
     share,  # [share_parts, pairs], lines share_stride apart: what a pair's query gives to others
     largest,  # [1] int32: bits of the number whose power of two sums were divided by, or None
     undo,
-    count, parts, part_rows, pair_first, pairs, share_parts, share_stride, accumulate,
+    count, parts, part_rows, pair_first, pairs, share_parts, share_stride,
     STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, OVER_NORM: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +253,7 @@ def _project_kernel(
                 STRIDE, D, WIDTH, BLOCK_R, BLOCK_D,
             )  # fmt: skip
             radial += grad * unit
-        radial = tl.where(power == _BELOW_EPS_POWER, 0.0, tl.sum(radial, 1))
+        radial = tl.where(below_eps(power), 0.0, tl.sum(radial, 1))
         factor = tl.div_rn(tl.full([BLOCK_R], 1.0, tl.float32), norm)
     for start in range(0, D, BLOCK_D):
         grad, unit, mask = _through_norm(
@@ -267,8 +264,6 @@ def _project_kernel(
             grad = (grad - unit * radial[:, None]) * factor[:, None] * power[:, None]
             grad = tl.where((power == 0)[:, None], 0.0, grad)
         at = out + row[:, None] * OUT_STRIDE + start + tl.arange(0, BLOCK_D)[None, :]
-        if accumulate != 0:
-            grad += tl.load(at, mask=mask, other=0).to(tl.float32)
         tl.store(at, grad.to(out.dtype.element_ty), mask=mask)
 
 
@@ -349,7 +344,6 @@ def project(
     partner_rows: Tensor | None = None,
     pair_first: int = 0,
     share: Tensor | None = None,
-    accumulate: bool = False,
 ) -> None:
     """Into out: gradient of the rows of x from that of their unit rows, the sum of the parts of `sums`.
 
@@ -361,7 +355,6 @@ def project(
         largest: [1] int32, bits of a float32; sums have been divided by its power of two as well.
         partner: pair i is of row pair_first + i of x and row partner_rows[i] (or i) of `partner`. share [parts, pairs]
             times the partner's unit row is subtracted from the gradient of x's.
-        accumulate: on top of what is in `out`.
     """
     count, d = x.rows.shape
     pairs, share_parts, share_stride = (share.shape[1], len(share), share.stride(0)) if share is not None else (0, 0, 0)
@@ -372,9 +365,8 @@ def project(
         other_norm=partner.norm if partner else None, other_rows=partner_rows, share=share, largest=largest,
         undo=undo, count=count, parts=len(sums), part_rows=sums.shape[1],
         pair_first=pair_first, pairs=pairs, share_parts=share_parts, share_stride=share_stride,
-        accumulate=int(accumulate), STRIDE=x.rows.stride(0), OUT_STRIDE=out.stride(0), D=d, WIDTH=sums.shape[2],
-        BLOCK_R=PROJECT_ROWS, BLOCK_D=block_of(d)[1], OVER_NORM=over_norm, num_warps=4,
-        **register_limit(4),
+        STRIDE=x.rows.stride(0), OUT_STRIDE=out.stride(0), D=d, WIDTH=sums.shape[2],
+        BLOCK_R=PROJECT_ROWS, BLOCK_D=block_of(d)[1], OVER_NORM=over_norm, num_warps=4, **register_limit(4),
     )  # fmt: skip
 
 
