@@ -19,7 +19,9 @@ one's, and a segment's columns are multiplied with the sum of all weights that r
 online log-sum-exp are each prefix's own, and so is what lies along the rows: it is summed from weights and similarities
 as they are formed, because the sums of several prefixes do not tell it apart. With one prefix none of this is compiled:
 that form has its own kernels, in `mnrl_blocks` and `rows`; those of several are in `mnrl_prefix_blocks` and
-`mnrl_prefix_rows`. Their panels, one for each segment, share `PANEL_BYTES`.
+`mnrl_prefix_rows`. Weights are summed up from the longest prefix on, dot products from the shortest: so a panel's
+products of all prefixes are stored in float32, and turned into weights by a kernel of their own. (Kept in registers
+instead, four prefixes' spilled on every NVIDIA GPU.) Panels of both together take half as much again as `PANEL_BYTES`.
 """
 
 from __future__ import annotations
