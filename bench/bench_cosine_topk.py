@@ -26,8 +26,8 @@ WIDTH = 384
 # queries, corpus rows, k, dtype
 CASES = [
     *((b, 10_000, k, torch.float32) for b in (1, 8, 128, 1024) for k in (10, 100)),
-    *((b, 100_000, k, torch.float32) for b in (1, 8, 128) for k in (10, 100)),
-    (1024, 100_000, 10, torch.float32),
+    *((b, 100_000, k, torch.float32) for b in (1, 8) for k in (10, 100)),
+    *((b, 100_000, 10, torch.float32) for b in (128, 1024)),
     *((b, 100_000, 10, dtype) for dtype in (torch.float16, torch.bfloat16) for b in (1, 8, 128)),
     *((b, 1_000_000, 10, torch.float32) for b in (1, 8)),
 ]
@@ -39,7 +39,7 @@ def corpus_of(rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
     """Random rows, the same of length 1, and faiss's search of those (on a CPU): flat, in halves where these are."""
     generator = torch.Generator().manual_seed(rows)
     corpus = torch.randn(rows, WIDTH, generator=generator).to(dtype)
-    unit = reference.normalize(corpus)
+    unit = torch.nn.functional.normalize(corpus.float())
     search = None
     if device.type == "cpu":
         import faiss
