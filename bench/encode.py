@@ -358,6 +358,8 @@ def main() -> None:
         encode_page.MILLION.write_text(json.dumps(stream, indent=1) + "\n")
         encode_page.write()
         return
+    if "main" not in args.parts and not (encode_page.RESULT.is_file() and args.texts == TEXTS):
+        parser.error(f"--parts {' '.join(args.parts)} adds to what --parts main of all {TEXTS} texts has written")
     texts = varied_texts(args.data)[: args.texts]
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
