@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import training_page
 from bench.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +99,23 @@ def speed() -> str:
     )
 
 
+def training() -> str:
+    """Memory of training, and time where nobody pads."""
+    result = {name: section["cases"] for name, section in _load("training").items()}
+    lengths = [
+        f"{case}, {min(spread):.1f} – {max(spread):.1f}"
+        for case, found in result["lengths"].items()
+        for spread in [[seconds["st"] / seconds["fp32"] for seconds in found["seconds"].values()]]
+    ]
+    return (
+        "Most resident memory while training:\n\n"
+        + training_page.memory(result["memory"])
+        + "\n\nTimes faster than sentence-transformers in fp32 where nobody pads, over texts of one length, 8 to 512 "
+        f"tokens: {'; '.join(lengths)}. By length and by batch size: "
+        "[bench/results/training.md](bench/results/training.md). `python -m bench.training --data DATA`"
+    )
+
+
 def _infos() -> list[dict[str, Any]]:
     """What the benchmarks that compare noted."""
     infos = (benchmark["extra_info"] for benchmark in _load("bench")["benchmarks"])
@@ -145,6 +163,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "reference_run": reference_run,
     "parity": parity,
     "speed": speed,
+    "training": training,
     "kernels": kernels,
     "loss_options": loss_options,
 }
