@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,26 @@ def test_values_and_gradients(
         assert_matches_reference(
             layer(ops.bert_layer, case, cu_seqlens, p),
             layer(reference.bert_layer, case, cu_seqlens, p),
+            [hidden, *parameters],
+        )
+
+
+@every_backend
+@every_dtype
+def test_pooled_values_and_gradients(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    case = SMALL
+    if name == "triton" and dtype != torch.float32:
+        pytest.skip("a layer of operators rounds at each of them, which have tests of their own")
+    hidden, cu_seqlens, parameters = layer_inputs(case, dtype)
+
+    def specified(*arguments: Any, **settings: Any) -> Tensor:
+        states = reference.bert_layer(*arguments, **settings)
+        return reference.packed_mean_pool(states, cu_seqlens)
+
+    with serving(name, "layer_norm_mean_pool_forward" if name == "triton" else "bert_layer_forward", dtype, device):
+        assert_matches_reference(
+            layer(functools.partial(ops.bert_layer, pool=True), case, cu_seqlens),
+            layer(specified, case, cu_seqlens),
             [hidden, *parameters],
         )
 

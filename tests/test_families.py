@@ -11,7 +11,7 @@ import transformers
 from tests.encoder_parity import assert_gradients, transformers_states
 from tests.small_model import random_batch
 from tests.tolerance import assert_within_tolerance
-from triton_st import models
+from triton_st import models, ops
 from triton_st.models import load_encoder, pack, save_encoder
 from triton_st.models.checkpoint import SERVED_TYPES
 
@@ -79,6 +79,26 @@ def test_outputs_and_gradients_equal_transformers(family):
     (hidden * weight).sum().backward()
     (wanted * weight).sum().backward()
     assert_gradients(ours, exact)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_encoder_pools_by_itself(family, checkpointing):
+    ours, _ = _pair(family)
+    if checkpointing:
+        ours.gradient_checkpointing_enable()
+    batch = _batch()
+    results = []
+    for pool in (False, True):
+        pooled = ours(**batch, pool=pool)
+        if not pool:
+            pooled = ops.packed_mean_pool(pooled, batch["cu_seqlens"])
+        ours.zero_grad()
+        pooled.square().sum().backward()
+        gradients = [p.grad.clone() for p in ours.parameters() if p.grad is not None]
+        results.append([pooled.detach(), *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(float(one.abs().max()), 1e-3))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])

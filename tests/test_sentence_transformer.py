@@ -16,6 +16,7 @@ from tests.small_model import WORDS, small_model, small_tokenizer
 from triton_st import SentenceTransformer
 from triton_st.inference import _token_batches
 from triton_st.models import BertModel
+from triton_st.models.pooling import Pooling
 
 TEXTS = [
     "A boy plays in the grass.",
@@ -247,6 +248,35 @@ def test_forward_adds_to_the_features(model):
     assert outputs["token_embeddings"].shape == (9, 50)
     assert outputs["sentence_embedding"].shape == (2, 50)
     assert outputs["sentence_embedding"].requires_grad
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_embeddings_without_token_embeddings_are_the_same(layers, normalize):
+    model = small_model(num_hidden_layers=layers, normalize=normalize)
+    features = model.tokenize(["the boy", "a dog runs"])
+    weights = torch.randn(2, model.get_embedding_dimension())
+    results = []
+    for token_embeddings in (True, False):
+        outputs = model(features, token_embeddings=token_embeddings)
+        assert ("token_embeddings" in outputs) == token_embeddings
+        model.zero_grad()
+        (outputs["sentence_embedding"] * weights).sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([outputs["sentence_embedding"].detach(), *(grad.clone() for grad in gradients)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_other_pooling_is_not_the_encoder_s(model):
+    model = small_model()
+    features = model.tokenize(["the boy", "a dog runs"]) | {"prompt_length": 2}
+    model.pooling = Pooling("mean", include_prompt=False)
+    wanted = model(features)["sentence_embedding"]
+    assert torch.equal(model(features, token_embeddings=False)["sentence_embedding"], wanted)
+    model.pooling = Pooling("cls")
+    wanted = model(features)["sentence_embedding"]
+    assert torch.equal(model(features, token_embeddings=False)["sentence_embedding"], wanted)
 
 
 def test_activations_in_half_are_for_the_block_only(model):

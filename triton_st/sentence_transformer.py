@@ -265,13 +265,15 @@ class SentenceTransformer(Encoding):
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def forward(self, features: Features, dropout: bool = True) -> Features:
+    def forward(self, features: Features, dropout: bool = True, token_embeddings: bool = True) -> Features:
         """Embed a packed batch.
 
         Args:
             features: `input_ids` [T], `cu_seqlens` [B + 1], `max_seqlen`, optionally `token_type_ids` [T]; on the
                 model's device; optionally `prompt_length`, of which pooling takes note.
             dropout: False for none in training mode either.
+            token_embeddings: False where only the embeddings are wanted: mean pooling then takes place on the last
+                layer's way out, and there are none.
 
         Returns:
             The features, with `token_embeddings` [T, D] and `sentence_embedding` [B, D] in the activation dtype.
@@ -279,14 +281,20 @@ class SentenceTransformer(Encoding):
         missing = [name for name in ("input_ids", "cu_seqlens", "max_seqlen") if name not in features]
         if missing:
             raise ValueError(f"features: expected a packed batch, as tokenize returns it; {', '.join(missing)} missing")
+        pool = not token_embeddings and self.pooling.is_mean_of_all(features.get("prompt_length", 0))
         hidden = self.encoder(
             features["input_ids"],
             features["cu_seqlens"],
             features["max_seqlen"],
             features.get("token_type_ids"),
             dropout=dropout,
+            pool=pool,
         )
-        return self._outputs(features, hidden)
+        if not pool:
+            return self._outputs(features, hidden)
+        for module in self.head:
+            hidden = module(hidden)
+        return {**features, "sentence_embedding": hidden}
 
     @contextlib.contextmanager
     def activations_in(self, dtype: torch.dtype) -> Iterator[None]:

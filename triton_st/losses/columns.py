@@ -42,7 +42,7 @@ def text_ids(column: Features) -> Tensor:
 def embed(model: nn.Module, columns: Sequence[Features]) -> Tensor:
     """Embeddings of the columns, one below the other [columns * B, D]; packed ones ride in one forward."""
     if all(is_packed(column) for column in columns):
-        return model(concatenate(columns))["sentence_embedding"]
+        return model(concatenate(columns), token_embeddings=False)["sentence_embedding"]
     return torch.cat([model(column)["sentence_embedding"] for column in columns])
 
 

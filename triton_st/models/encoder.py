@@ -117,6 +117,7 @@ def encoder_layer(
     hidden_dropout_p: float,
     seed: Tensor | None,
     stream: int,
+    pool: bool = False,
 ) -> Tensor:
     """One post-LayerNorm transformer layer over a packed batch.
 
@@ -138,9 +139,10 @@ def encoder_layer(
         seed: int64 scalar, or None for no dropout.
         stream: first of the layer's streams of random numbers: attention weights, then attention output (+ 1), then
             the feed-forward block's output (+ 2).
+        pool: give the mean of each sequence instead of the hidden states.
 
     Returns:
-        [T, D] in hidden's dtype.
+        [T, D], with `pool` [B, D], in hidden's dtype.
     """
     if seed is None:
         attention_dropout_p = projection_dropout_p = hidden_dropout_p = 0.0
@@ -160,6 +162,7 @@ def encoder_layer(
             hidden_dropout_p=hidden_dropout_p,
             seed=seed,
             stream=stream,
+            pool=pool,
         )
     qkv = linear(hidden, qkv_weight, qkv_bias).view(hidden.shape[0], 3, heads, hidden.shape[1] // heads)
     attended = batch.biased(qkv, batch.max_seqlen, attention_dropout_p, seed, stream)
@@ -174,17 +177,12 @@ def encoder_layer(
         seed=seed,
         stream=stream + 1,
     )
-    return ops.dropout_add_layer_norm(
-        feed_forward(hidden, w.up_weight, w.up_bias, w.down_weight),
-        hidden,
-        w.output_norm_weight,
-        w.output_norm_bias,
-        eps,
-        x_bias=w.down_bias,
-        dropout_p=hidden_dropout_p,
-        seed=seed,
-        stream=stream + 2,
-    )
+    down = feed_forward(hidden, w.up_weight, w.up_bias, w.down_weight)
+    norm = (w.output_norm_weight, w.output_norm_bias, eps)
+    end: dict[str, Any] = {"x_bias": w.down_bias, "dropout_p": hidden_dropout_p, "seed": seed, "stream": stream + 2}
+    if pool:
+        return ops.layer_norm_mean_pool(down, hidden, *norm, batch.cu_seqlens, **end)
+    return ops.dropout_add_layer_norm(down, hidden, *norm, **end)
 
 
 class Embeddings(nn.Module):
@@ -321,6 +319,7 @@ class PackedEncoder(nn.Module):
         max_seqlen: int,
         token_type_ids: Tensor | None = None,
         dropout: bool = True,
+        pool: bool = False,
     ) -> Tensor:
         """Encode a packed batch.
 
@@ -331,8 +330,10 @@ class PackedEncoder(nn.Module):
             token_type_ids: [T], int64; all 0 by default. Only for families that have token types.
             dropout: False for none in training mode either, so that a thread can encode while another trains.
 
+            pool: give the mean of each sequence instead, so that the last hidden states need not be written.
+
         Returns:
-            Last hidden states [T, D] in `activation_dtype`.
+            Last hidden states [T, D], with `pool` embeddings [B, D], in `activation_dtype`.
 
         Raises:
             TypeError, ValueError: the batch is not packed as above, a sequence is longer than the position table, or
@@ -340,7 +341,7 @@ class PackedEncoder(nn.Module):
         """
         if not torch.compiler.is_compiling():  # traced, the operators check what they are given when they run
             self.check_batch(input_ids, cu_seqlens, max_seqlen, token_type_ids)
-        return self.states(input_ids, cu_seqlens, max_seqlen, token_type_ids, dropout, self.activation_dtype)
+        return self.states(input_ids, cu_seqlens, max_seqlen, token_type_ids, dropout, self.activation_dtype, pool)
 
     def states(
         self,
@@ -350,6 +351,7 @@ class PackedEncoder(nn.Module):
         token_type_ids: Tensor | None,
         dropout: bool,
         dtype: torch.dtype,
+        pool: bool = False,
     ) -> Tensor:
         """As `forward`, with activations in `dtype`, of a batch that is known to be packed right.
 
@@ -362,10 +364,12 @@ class PackedEncoder(nn.Module):
         batch = PackedBatch(cu_seqlens, max_seqlen, self.biased_attention(cu_seqlens, max_seqlen))
         seed = self._draw_seed(input_ids.device) if self.training and dropout else None
         hidden = self.embeddings(input_ids, cu_seqlens, token_type_ids, dtype, seed)
+        if pool and a.layers == 0:
+            return ops.packed_mean_pool(hidden, cu_seqlens)
         for i, layer in enumerate(self.layers()):
             stream = (i + 1) * STREAMS_PER_LAYER
             dropouts = (a.attention_dropout_p, a.projection_dropout_p, a.hidden_dropout_p)
-            arguments = (batch, a.heads, a.eps, *dropouts, seed, stream)
+            arguments = (batch, a.heads, a.eps, *dropouts, seed, stream, pool and i == a.layers - 1)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # The seed is a tensor that is kept, so there is no generator state to save.
                 hidden = checkpoint(_run_layer, hidden, layer, arguments, use_reentrant=False, preserve_rng_state=False)

@@ -40,6 +40,10 @@ class Pooling(nn.Module):
             raise ValueError(f"pooling_mode: expected one or more of {', '.join(POOLING_MODES)}, got {pooling_mode!r}")
         self.include_prompt = include_prompt
 
+    def is_mean_of_all(self, prompt_length: int = 0) -> bool:
+        """Whether the embedding is the mean of all tokens, so that the encoder can pool by itself."""
+        return self.modes == ("mean",) and (self.include_prompt or prompt_length == 0)
+
     def forward(self, hidden: Tensor, cu_seqlens: Tensor, prompt_length: int = 0) -> Tensor:
         """hidden [T, D], cu_seqlens [B + 1] -> [B, modes · D] in hidden's dtype; sums run in float32.
 

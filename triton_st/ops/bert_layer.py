@@ -13,7 +13,8 @@ from triton_st.ops._checks import check_dropout, check_eps
 from triton_st.ops._library import call, define, differentiable, require_device, require_dims, require_floating
 from triton_st.ops.bias_gelu import bias_gelu
 from triton_st.ops.dropout_add_layer_norm import dropout_add_layer_norm
-from triton_st.ops.mean_pool import check_cu_seqlens, check_cu_seqlens_values
+from triton_st.ops.layer_norm_mean_pool import layer_norm_mean_pool
+from triton_st.ops.mean_pool import check_cu_seqlens, check_cu_seqlens_values, packed_mean_pool
 from triton_st.ops.packed_attention import MAX_HEAD_SIZE, packed_attention
 from triton_st.reference.bert_layer import BertLayerParameters
 
@@ -37,6 +38,7 @@ def bert_layer(
     hidden_dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    pool: bool = False,
 ) -> Tensor:
     """Self-attention and the feed-forward block, each with dropout, residual sum and LayerNorm after it.
 
@@ -44,7 +46,8 @@ def bert_layer(
     rounded). On CPU one operator does it all. Kept for its gradient, per token and in hidden's dtype: queries, keys
     and values (3 · D), attention's result (D), both sums normalised (2 · D) and the input of GELU (I); GELU, the first
     LayerNorm's result, scores and dropout are computed again. On a GPU the layer is composed of the operators
-    `packed_attention`, `dropout_add_layer_norm` and `bias_gelu`.
+    `packed_attention`, `dropout_add_layer_norm` and `bias_gelu`; with `pool` it ends in `layer_norm_mean_pool`, and the
+    hidden states are never written.
 
     Args:
         hidden: [T, D]; float32, float16, bfloat16 (float64 by the reference).
@@ -58,9 +61,10 @@ def bert_layer(
         seed: int64, one element, on hidden's device; needed where a probability is not 0.
         stream: names the layer: attention drops at stream, the projection at stream + 1, the feed-forward block at
             stream + 2.
+        pool: give the mean of each sequence instead: of a model's last layer, all that its embeddings need.
 
     Returns:
-        [T, D] in hidden's dtype.
+        [T, D] in hidden's dtype; with `pool` [B, D], 0 for an empty sequence.
 
     Raises:
         ValueError: shapes or devices do not fit, heads do not divide D, a probability is none; on CPU also if
@@ -71,9 +75,10 @@ def bert_layer(
     settings = (attention_dropout_p, projection_dropout_p, hidden_dropout_p, stream)
     if hidden.device.type == "cpu" and (torch.compiler.is_compiling() or backend.select(hidden) != "triton"):
         keep = torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in parameters))
-        return call(
+        out = call(
             "bert_layer_forward", hidden, cu_seqlens, seed, *parameters, max_seqlen, heads, eps, *settings, keep
         )[0]
+        return packed_mean_pool(out, cu_seqlens) if pool else out
     _check(hidden, cu_seqlens, seed, *parameters, max_seqlen, heads, eps, *settings, True)
     p = parameters
     qkv = F.linear(hidden, p.qkv_weight.to(hidden.dtype), p.qkv_bias.to(hidden.dtype))
@@ -91,17 +96,12 @@ def bert_layer(
         stream=stream + 1,
     )
     activated = bias_gelu(F.linear(middle, p.up_weight.to(hidden.dtype)), p.up_bias)
-    return dropout_add_layer_norm(
-        F.linear(activated, p.down_weight.to(hidden.dtype)),
-        middle,
-        p.output_norm_weight,
-        p.output_norm_bias,
-        eps,
-        x_bias=p.down_bias,
-        dropout_p=hidden_dropout_p,
-        seed=seed,
-        stream=stream + 2,
-    )
+    down = F.linear(activated, p.down_weight.to(hidden.dtype))
+    norm = (p.output_norm_weight, p.output_norm_bias, eps)
+    end: dict[str, Any] = {"x_bias": p.down_bias, "dropout_p": hidden_dropout_p, "seed": seed, "stream": stream + 2}
+    if pool:
+        return layer_norm_mean_pool(down, middle, *norm, cu_seqlens, **end)
+    return dropout_add_layer_norm(down, middle, *norm, **end)
 
 
 def _parameter_shapes(hidden: int, inner: int) -> dict[str, list[int]]:
