@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from triton_st.kernels.common import Tile, launch
+from triton_st.kernels.common import Tile, dot_precision, launch, on_hip
 from triton_st.kernels.mnrl_panels import Block, Panel, moved
 from triton_st.kernels.mnrl_prefix_blocks import _prefix_products_kernel, _prefix_sums_kernel, _prefix_weights_kernel
 from triton_st.kernels.mnrl_prefix_rows import PrefixRows, pair_factors, project_prefixes
@@ -38,6 +38,13 @@ class PrefixSweeps(Sweeps):
         return {
             "left_ratio": left.ratio, "right_ratio": right.ratio, "left_lines": left.lines, "right_lines": right.lines
         }  # fmt: skip
+
+    def _sums_tile(self, tile: Tile) -> Tile:
+        # With every option, exact products and the running sums of more than eight prefixes spill in larger tiles.
+        exact = self.dtype == torch.float32 and dot_precision(self.dtype) == "ieee" and not on_hip()
+        if exact or self.prefixes > 8:
+            return tile._replace(rows=64, columns=32, num_warps=8)
+        return tile
 
     def _sum_panel(self, grid: tuple[int, int], arguments: dict[str, object], slots: int) -> None:
         launch(_prefix_sums_kernel, grid, **arguments, slots=slots, LANES=triton.next_power_of_2(self.prefixes))

@@ -186,7 +186,7 @@ class Sweeps:
             columns = len(block.right.rows)
             columns = columns if block.right.copies is not None else min(columns, self.copied_rows)
             # Left alone, ptxas stops at 128 registers on sm_80 and spills three.
-            tile = product_tile(self.dtype, rows, columns, epilogue=True)._replace(max_registers=255)
+            tile = self._sums_tile(product_tile(self.dtype, rows, columns, epilogue=True)._replace(max_registers=255))
             parts, _ = stripes(tile, rows, columns)
             plans.append((block, rows, columns, tile, slots, parts))
             slots += parts
@@ -221,6 +221,9 @@ class Sweeps:
                     slot=slot, slots=count, row_count=b, diagnosed=diagnosed, accumulate=int(p + i > 0),
                     weight=weight, copies=copies, BLOCK=LOSS_ROWS, num_warps=4,
                 )  # fmt: skip
+
+    def _sums_tile(self, tile: Tile) -> Tile:
+        return tile
 
     def _sum_panel(self, grid: tuple[int, int], arguments: dict[str, object], slots: int) -> None:
         launch(_sums_kernel, grid, **arguments, depth=self.width)
