@@ -134,7 +134,8 @@ def test_every_tile_size(tile: Tile, dtype: torch.dtype, device: torch.device, m
     for module in (sweeps_module, products_module):
         monkeypatch.setattr(module, "product_tile", lambda *_, **__: tile)
     assert_right(arguments(67, 2, 20, dtype, device, directions=1 | DOC_TO_DOC))
-    assert_right(arguments(67, 2, 20, dtype, device, directions=1 | DOC_TO_DOC, dims=[8, 20], dim_weights=[1, 2]))
+    if common.padded_width(dtype, 1) % tile.depth == 0:  # segments of copies are whole blocks
+        assert_right(arguments(67, 2, 20, dtype, device, directions=1 | DOC_TO_DOC, dims=[8, 20], dim_weights=[1, 2]))
 
 
 @pytest.mark.parametrize("dims", [[], [8, 24]], ids=str)
