@@ -58,8 +58,8 @@ def _add_train(commands: Any) -> None:
         "--recipe",
         choices=tuple(RECIPES),
         default=REFERENCE.name,
-        help="reference: the small cased encoder of the published model card, from random weights; better: an uncased "
-        "vocabulary of whole words and a start from how rare and how spelt they are, pairs without hard negatives",
+        help="reference: the small cased encoder of the published model card, from random weights; better: uncased "
+        "word embeddings that start from each word's rarity and spelling, trained on pairs in large batches",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -205,7 +205,7 @@ def _train(args: argparse.Namespace) -> None:
     args = argparse.Namespace(**{**_settings(recipe), **vars(args)})
     arguments = recipes.arguments(  # first of all: a wrong number is found before anything is read or written
         args.output_dir,
-        recipe=recipe,
+        recipe,
         **{
             name: getattr(args, name)
             for name in (

@@ -88,10 +88,10 @@ BETTER = Recipe(
     vocab_size=20_000,
     max_seq_length=128,
     encoder={
-        "hidden_size": 512,
+        "hidden_size": 1_536,
         "num_hidden_layers": 0,
-        "num_attention_heads": 8,
-        "intermediate_size": 512,
+        "num_attention_heads": 12,
+        "intermediate_size": 1_536,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -99,9 +99,10 @@ BETTER = Recipe(
     },
     arguments={
         **REFERENCE.arguments,
-        "per_device_train_batch_size": 2_048,
-        "num_train_epochs": 6,
-        "learning_rate": 4e-3,
+        "per_device_train_batch_size": 4_096,
+        "num_train_epochs": 8,
+        "learning_rate": 3e-3,
+        "adam_beta2": 0.98,
     },
     loss={
         "scale": 20.0,
@@ -161,7 +162,7 @@ def new_model(
     return model.to(device) if device is not None else model
 
 
-def arguments(output_dir: str, *, recipe: Recipe = REFERENCE, **changes: Any) -> SentenceTransformerTrainingArguments:
+def arguments(output_dir: str, recipe: Recipe = REFERENCE, /, **changes: Any) -> SentenceTransformerTrainingArguments:
     """The recipe's training arguments with `changes` in place."""
     from triton_st.training_args import SentenceTransformerTrainingArguments
 
@@ -174,7 +175,7 @@ def training_columns(dataset: Dataset, recipe: Recipe = REFERENCE) -> Dataset:
 
 
 def ranking_loss(
-    model: SentenceTransformer, recipe: Recipe = REFERENCE, **changes: Any
+    model: SentenceTransformer, recipe: Recipe = REFERENCE, /, **changes: Any
 ) -> MultipleNegativesRankingLoss:
     """The recipe's loss with `changes` in place."""
     from triton_st.losses import MultipleNegativesRankingLoss

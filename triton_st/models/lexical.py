@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from triton_st.models.bert import BertModel
+    from triton_st.models.bert import BertLayer, BertModel
 
 NGRAM_LENGTHS = (3, 4, 5)
 SPELLING = 2.0  # length of what words share by spelling, in lengths of what is each word's own
@@ -37,7 +37,8 @@ def inverse_document_frequencies(tokenizer: PreTrainedTokenizerBase, texts: Iter
     distinct = list(dict.fromkeys(texts))
     counts: Counter[int] = Counter()
     for begin in range(0, len(distinct), TEXTS_AT_ONCE):
-        for ids in tokenizer(distinct[begin : begin + TEXTS_AT_ONCE], add_special_tokens=False)["input_ids"]:
+        some = distinct[begin : begin + TEXTS_AT_ONCE]
+        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
             counts.update(set(ids))
     frequencies = torch.zeros(len(tokenizer))
     special = set(tokenizer.all_special_ids)
@@ -51,7 +52,7 @@ def word_vectors(tokenizer: PreTrainedTokenizerBase, width: int, seed: int) -> T
     """A vector of length 1 for each token of a WordPiece vocabulary: alike for like spelling, else nearly orthogonal.
 
     Each is the sum of a random vector and of `SPELLING` times the direction of the sum of its character n-grams'
-    random vectors.
+    random vectors. Its elements add up to 0, so that LayerNorm, which takes their mean away, leaves it as it is.
 
     Args:
         tokenizer: its vocabulary marks pieces inside a word by "##".
@@ -74,7 +75,8 @@ def word_vectors(tokenizer: PreTrainedTokenizerBase, width: int, seed: int) -> T
     own = torch.randn(len(offsets) - 1, width, generator=generator)
     ngrams = torch.randn(max(len(numbers), 1), width, generator=generator)
     shared = F.embedding_bag(torch.tensor(members), ngrams, torch.tensor(offsets), mode="sum", include_last_offset=True)
-    return F.normalize(F.normalize(own) + SPELLING * F.normalize(shared))
+    vectors = F.normalize(own) + SPELLING * F.normalize(shared)
+    return F.normalize(vectors - vectors.mean(1, keepdim=True))
 
 
 def start_as_weighted_words(
@@ -102,7 +104,7 @@ def start_as_weighted_words(
         raise ValueError(f"hidden_size: expected more than {FILLERS}, got {encoder.architecture.hidden_size}")
     weights = inverse_document_frequencies(tokenizer, texts)
     weights /= weights.max().clamp_min(torch.finfo(weights.dtype).tiny)
-    signs = torch.tensor([1.0, -1.0]).repeat(FILLERS // 2)  # the mean, which LayerNorm takes away, stays as it is
+    signs = torch.tensor([1.0, -1.0]).repeat(FILLERS // 2)  # they add up to 0 as well
     fillers = ((1 - weights.square()) / FILLERS).sqrt().outer(signs)
     rows = torch.cat([word_vectors(tokenizer, width, seed) * weights.unsqueeze(1), fillers], 1)
     embeddings = encoder.embeddings
@@ -112,7 +114,7 @@ def start_as_weighted_words(
         embeddings.word_embeddings.weight[tokenizer.pad_token_id].zero_()
         embeddings.position_embeddings.weight.zero_()
         embeddings.token_type_embeddings.weight.zero_()
-        for layer in encoder.encoder.layer:
+        for layer in cast("Sequence[BertLayer]", encoder.layers()):
             layer.attention.output.dense.weight.zero_()
             layer.output.dense.weight.zero_()
             last = layer.output.LayerNorm
