@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import training_page
+from bench import encode_page, training_page
 from bench.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,6 +160,7 @@ def kernels() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "encode": encode_page.readme,
     "reference_run": reference_run,
     "parity": parity,
     "speed": speed,
