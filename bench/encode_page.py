@@ -169,7 +169,7 @@ def _what(result: Result) -> str:
     mean = result["tokens"] / result["texts"]
     return (
         f"all-MiniLM-L6-v2 on a CPU with {result['threads']} threads, {result['texts']:,} real texts of {mean:.0f} "
-        f"tokens on average, tokenizing included; medians of {result['rounds']} rounds, contenders in turns, each in "
+        f"tokens on average, tokenizing included; median of {result['rounds']} round(s), contenders in turns, each in "
         "an environment and a process of its own and at its best setting (batch size, streams; length-sorted batches). "
         "`st` is sentence-transformers in float32 at batch 32 as it comes. Cosine and neighbours: against its "
         "embeddings. Start: from the first line of Python to the first embedding, kernels built."
@@ -284,6 +284,7 @@ def plot(result: Result, path: Path) -> None:
                        color=colours[precision_of(name)] if is_ours(name) else "gray",
                        linestyle="-" if is_ours(name) else "--", label=label(name))  # fmt: skip
         ends = [(1e-3 / list(by_length.values())[-1], name) for name, by_length in result["length_sweep"].items()]
+        sizes = [int(n) for n in result["length_sweep"][ours("float32")]]
         lines.set_xscale("log", base=2)
         lines.set_xticks(sizes, map(str, sizes))
         lines.set_xlim(sizes[0], sizes[-1])
