@@ -151,8 +151,8 @@ def kernels() -> str:
         rows.append([*key, spread, f"{lost} of {len(infos)}", f"{max(shares):.0%}" if shares else "–"])
     header = ["operator", "direction", "dtype", "times faster than the best peer: least – median – most"]
     return (
-        "On a CPU, over sizes from 8 to 65,536 rows, each shape against the fastest of sentence-transformers, PyTorch "
-        "and `torch.compile`; the limit is this machine's memory bandwidth (pooling) or oneDNN's product rate at that "
+        "On a CPU, over sizes from 1 to 1,000,000 rows, each shape against the fastest of sentence-transformers, "
+        "PyTorch, `torch.compile` and faiss; the limit is this machine's memory bandwidth (pooling) or oneDNN's product rate at that "
         "shape and dtype:\n\n"
         + table([*header, "shapes lost", "largest share of the limit"], rows)
         + "\n\nAll shapes, the lost ones marked: [bench/results](bench/results/README.md). `make bench`"

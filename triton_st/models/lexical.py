@@ -68,8 +68,8 @@ def word_vectors(tokenizer: PreTrainedTokenizerBase, width: int, seed: int) -> T
     for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         marked = (token[2:] if token.startswith("##") else f"<{token}") + ">"
         for length in NGRAM_LENGTHS:
-            ngrams = (marked[i : i + length] for i in range(len(marked) - length + 1))
-            members += [numbers.setdefault(ngram, len(numbers)) for ngram in ngrams]
+            parts = (marked[i : i + length] for i in range(len(marked) - length + 1))
+            members += [numbers.setdefault(part, len(numbers)) for part in parts]
         offsets.append(len(members))
     generator = torch.Generator().manual_seed(seed)
     own = torch.randn(len(offsets) - 1, width, generator=generator)
@@ -87,8 +87,8 @@ def start_as_weighted_words(
     LayerNorm would give every token the same length, and with it the same weight. So the last `FILLERS` dimensions of a
     word embedding hold what its weighted vector lacks in length, every LayerNorm leaves the vector's length as it is,
     and the last one's weight for these dimensions is 0. Positions and token types start at 0, and so do both output
-    projections of a layer, which therefore passes its input on. Rows
-    have length 1, so that a step of AdamW at 1e-3 turns one by about 1e-3 · sqrt(D).
+    projections of a layer, which therefore passes its input on. Rows have length 1, so that a step of AdamW at 1e-3
+    turns one by about 1e-3 · sqrt(D).
 
     Args:
         encoder: of a hidden size above `FILLERS`; its vocabulary is the tokenizer's.
