@@ -1,10 +1,13 @@
 """Turns pytest-benchmark's JSON in bench/results/ into tables, bench/results/README.md.
 
-python -m bench.report
+python -m bench.report                     # pages and pictures anew
+python -m bench.report --update NEW.json   # after some files of bench/ were run by themselves, with
+                                           # --benchmark-json=NEW.json: their cases take the old ones' places
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,7 +83,7 @@ def page(reports: list[dict[str, Any]]) -> str:
         groups: dict[str, list[dict[str, Any]]] = {}
         for benchmark in report["benchmarks"]:
             info = benchmark["extra_info"]
-            own_group = benchmark["group"] or benchmark["fullname"].partition("::")[0]
+            own_group = benchmark["group"] or file_of(benchmark)
             name = f"`{info['operator']}`, {info['direction']}" if "ratios" in info else own_group
             groups.setdefault(name, []).append(benchmark)
         for name, benchmarks in groups.items():
@@ -88,10 +91,29 @@ def page(reports: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def file_of(benchmark: dict[str, Any]) -> str:
+    """The file of bench/ that a case stands in."""
+    return benchmark["fullname"].partition("::")[0]
+
+
+def update(newer: dict[str, Any]) -> None:
+    """Put the cases of some files, run by themselves, into the results in place of those files' old ones."""
+    path = RESULTS / "bench.json"
+    report = json.loads(path.read_text())
+    run = {file_of(benchmark) for benchmark in newer["benchmarks"]}
+    kept = [benchmark for benchmark in report["benchmarks"] if file_of(benchmark) not in run]
+    report["benchmarks"] = sorted([*kept, *newer["benchmarks"]], key=file_of)
+    path.write_text(json.dumps(report, indent=4) + "\n")
+
+
 def main() -> None:
     """Read every report of pytest-benchmark, write the page; write the page and the picture of `bench.encode` anew."""
     from bench import encode_page  # which takes its tables from here
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", type=Path, metavar="NEW.json", help="a report of some files of bench/")
+    if newer := parser.parse_args().update:
+        update(json.loads(newer.read_text()))
     if encode_page.RESULT.is_file():
         encode_page.write()
     reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
