@@ -23,12 +23,12 @@ class Sequences {
     } else {
       copy(static_cast<const int32_t*>(source));
     }
-    bool valid = true;
-    for (int64_t s = 0; s < count(); ++s) {
-      valid = valid && length(s) >= 0;
-      longest_ = std::max(longest_, length(s));
+    bool valid = starts_.front() == 0;
+    for (int64_t s = 0; valid && s < count(); ++s) {
+      valid = start(s) <= start(s + 1);  // the length of what descends far enough overflows, to a positive one
+      if (valid) longest_ = std::max(longest_, length(s));
     }
-    STD_TORCH_CHECK(valid && starts_.front() == 0 && starts_.back() == tokens,
+    STD_TORCH_CHECK(valid && starts_.back() == tokens,
                     "cu_seqlens must ascend from 0 to the number of tokens, ", tokens);
   }
 

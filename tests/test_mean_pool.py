@@ -300,6 +300,7 @@ def test_bad_input_of_masked(hidden: Tensor, mask: Tensor, error: type[Exception
         ((4, 2), [1, 4], ValueError, "cu_seqlens must start at 0, got 1"),
         ((4, 2), [0, 5], ValueError, "cu_seqlens must end at 4, the number of tokens, got 5"),
         ((4, 2), [0, 3, 2, 4], ValueError, "cu_seqlens must not descend"),
+        ((4, 2), [0, 2**63 - 1, -2, 4], ValueError, "cu_seqlens must not descend"),  # every difference wraps around
         ((4, 2), [0.0, 4.0], TypeError, "cu_seqlens must be int32 or int64, got torch.float32"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from triton_st import ops
 
@@ -73,3 +74,27 @@ def test_what_is_no_dense_floating_tensor_is_a_type_error(operator: Callable[[An
     ]:
         with pytest.raises(TypeError, match=f"must be a .*got .*{got}"):
             operator(wrong)
+
+
+def test_compiled_for_any_number_of_rows() -> None:
+    """One graph serves all sizes, forward and backward: no check may tie it to the numbers that it was traced with."""
+
+    def all_of_them(x: Tensor, mask: Tensor, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        states = ops.embedding_layer_norm(ids, cu_seqlens, x, x, None, *vectors(x), 1e-5)
+        pooled = ops.packed_mean_pool(states, cu_seqlens) + ops.masked_mean_pool(x.unsqueeze(1) * mask[..., None], mask)
+        pooled = pooled + ops.layer_norm_mean_pool(states, states, *vectors(x), 1e-5, cu_seqlens)
+        found = ops.cosine_topk(pooled.detach(), states.detach(), 3)
+        return ops.cosine_similarity(pooled, states).sum() + pooled.sum() + found[0].sum() + found[1].sum()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(all_of_them, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for count in (11, 17, 30):
+        x = torch.randn(count, 6, requires_grad=True)
+        arguments = torch.ones(count, 9).long(), torch.arange(2 * count) % count, torch.arange(0, 2 * count + 1, 2)
+        values = [function(x, *arguments) for function in (compiled, all_of_them)]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*(torch.autograd.grad(value, x) for value in values))
+        graphs.append(counter.frame_count)
+    assert len(set(graphs)) == 1

@@ -39,8 +39,8 @@ def _check(a: Tensor, b: Tensor) -> None:
 def _check_backward(grad: Tensor, a: Tensor, b: Tensor) -> None:
     _check(a, b)
     require_floating(a=a, grad=grad)
-    if grad.shape != (len(a), len(b)):
-        raise ValueError(f"grad must be {[len(a), len(b)]}, got shape {list(grad.shape)}")
+    if grad.shape != (a.shape[0], b.shape[0]):
+        raise ValueError(f"grad must be {[a.shape[0], b.shape[0]]}, got shape {list(grad.shape)}")
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,9 @@ def _check(queries: Tensor, corpus: Tensor, k: int) -> None:
         raise ValueError(
             f"queries and corpus must have rows of one length D, got {queries.shape[1]} and {corpus.shape[1]}"
         )
-    if len(corpus) > MOST_ROWS:
-        raise ValueError(f"corpus must have at most {MOST_ROWS:,} rows, got {len(corpus):,}")
+    rows = corpus.shape[0]  # len() would tie a traced graph to this one number
+    if rows > MOST_ROWS:
+        raise ValueError(f"corpus must have at most {MOST_ROWS:,} rows, got {rows:,}")
     if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if k < 1:

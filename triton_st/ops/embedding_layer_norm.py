@@ -202,12 +202,12 @@ def _check_backward(
     _check_tables(word, position, token_type)
     check_parameters("word", word, word.shape[1], weight=weight)
     _check_ids(word, input_ids, cu_seqlens, token_type_ids)
-    check_parameters("word", word, len(input_ids), mean=mean, rstd=rstd)
+    check_parameters("word", word, input_ids.shape[0], mean=mean, rstd=rstd)
     check_dropout(dropout_p, seed, word.device)
     require_floating(grad=grad)
     require_device("word", word, grad=grad)
-    if list(grad.shape) != [len(input_ids), word.shape[1]]:
-        raise ValueError(f"grad must be {[len(input_ids), word.shape[1]]}, got shape {list(grad.shape)}")
+    if list(grad.shape) != [input_ids.shape[0], word.shape[1]]:
+        raise ValueError(f"grad must be {[input_ids.shape[0], word.shape[1]]}, got shape {list(grad.shape)}")
 
 
 def _fake(word: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

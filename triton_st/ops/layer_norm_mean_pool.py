@@ -93,7 +93,7 @@ def _check_backward(
     normalize: bool,
 ) -> None:
     _check(x, residual, weight, weight, cu_seqlens, x_bias, seed, 0.0, dropout_p, stream, normalize)
-    shape = [len(cu_seqlens) - 1, x.shape[1]]
+    shape = [cu_seqlens.shape[0] - 1, x.shape[1]]
     wide = torch.promote_types(residual.dtype, torch.float32)
     for name, tensor, dtype in (("grad", grad, residual.dtype), ("pooled", pooled, wide)):
         if tensor.dtype != dtype or list(tensor.shape) != shape:

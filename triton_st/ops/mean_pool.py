@@ -66,8 +66,8 @@ def _check_masked_backward(grad: Tensor, attention_mask: Tensor) -> None:
     require_floating(grad=grad)
     require_dims(grad, "grad", "[B, D]")
     _check_mask(attention_mask)
-    if len(grad) != len(attention_mask):
-        raise ValueError(f"grad must have {len(attention_mask)} rows, got {len(grad)}")
+    if grad.shape[0] != attention_mask.shape[0]:
+        raise ValueError(f"grad must have {attention_mask.shape[0]} rows, got {grad.shape[0]}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
@@ -77,7 +77,7 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> None:
     require_dims(cu_seqlens, "cu_seqlens", "[B + 1]")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if len(cu_seqlens) == 0:
+    if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens must have at least one entry (0), got none")
 
 
@@ -92,8 +92,8 @@ def _check_packed_backward(grad: Tensor, cu_seqlens: Tensor, total_tokens: int) 
     require_floating(grad=grad)
     require_dims(grad, "grad", "[B, D]")
     check_cu_seqlens(cu_seqlens)
-    if len(grad) != len(cu_seqlens) - 1:
-        raise ValueError(f"grad must have {len(cu_seqlens) - 1} rows, got {len(grad)}")
+    if grad.shape[0] != cu_seqlens.shape[0] - 1:
+        raise ValueError(f"grad must have {cu_seqlens.shape[0] - 1} rows, got {grad.shape[0]}")
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor, total_tokens: int) -> int:
