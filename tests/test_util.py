@@ -135,6 +135,14 @@ def test_semantic_search(queries, corpus, top_k, chunks, score):
         assert [hit["score"] for hit in mine] == pytest.approx([hit["score"] for hit in theirs], abs=1e-5)
 
 
+@pytest.mark.parametrize("score", ["cos_sim", "dot_score"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, torch.bfloat16, torch.float64], ids=str)
+def test_semantic_search_takes_every_dtype(score, dtype):
+    rows = torch.eye(4).to(dtype)
+    found = util.semantic_search(rows, rows, top_k=np.int64(1), score_function=getattr(util, score))
+    assert found == [[{"corpus_id": row, "score": 1.0}] for row in range(4)]
+
+
 def test_semantic_search_of_one_query_and_bad_sizes():
     corpus = np.eye(4, dtype=np.float32)
     [[hit]] = util.semantic_search(corpus[2], corpus, top_k=1)
@@ -144,3 +152,5 @@ def test_semantic_search_of_one_query_and_bad_sizes():
             util.semantic_search(corpus, corpus, **{name: 0})
     with pytest.raises(ValueError, match=r"expected \[M, D\] and \[N, D\] with one D"):
         util.semantic_search(corpus, corpus[:, :3])
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        util.semantic_search(corpus, corpus, top_k=1.5)

@@ -8,6 +8,7 @@ Reference: https://sbert.net/docs/package_reference/util.html.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -21,7 +22,7 @@ Embeddings: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 
 
 def _tensor(embeddings: Embeddings) -> Tensor:
-    """As a floating-point tensor."""
+    """As a floating-point tensor of 16 bits or more."""
     if isinstance(embeddings, Tensor):
         tensor = embeddings
     elif isinstance(embeddings, np.ndarray):
@@ -34,7 +35,7 @@ def _tensor(embeddings: Embeddings) -> Tensor:
         tensor = torch.from_numpy(np.stack(embeddings))
     else:
         tensor = torch.tensor(embeddings)
-    return tensor if tensor.is_floating_point() else tensor.float()
+    return tensor if tensor.is_floating_point() and tensor.itemsize > 1 else tensor.float()
 
 
 def _float_tensor(embeddings: Embeddings) -> Tensor:
@@ -159,7 +160,7 @@ def semantic_search(
         raise ValueError(f"top_k: expected a positive int, got {top_k!r}")
     if score_function is cos_sim:
         queries, corpus = _matrices(_tensor(query_embeddings), _tensor(corpus_embeddings))
-        scores, rows = ops.cosine_topk(queries.to(corpus.device), corpus, int(top_k))
+        scores, rows = ops.cosine_topk(queries.to(corpus.device), corpus, operator.index(top_k))
         return _hits(scores, rows)
     queries, corpus = _float_matrices(query_embeddings, corpus_embeddings)
     queries = queries.to(corpus.device)
