@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_st.kernels.common import Call, Tile, dot_precision, launch, meta
+from triton_st.kernels.common import Call, Tile, dot_precision, launch, meta, on_hip
 from triton_st.kernels.philox import dropout_arguments, keep_bits
 from triton_st.kernels.rows import floor_log2, power_of_two
 from triton_st.kernels.storing import saturate
@@ -336,7 +336,8 @@ def _tile(dtype: torch.dtype, d: int, *, backward: bool = False) -> Tile:
     depth = max(16, triton.next_power_of_2(d))
     if dtype == torch.float32:
         if depth > 32 and dot_precision(dtype) == "ieee":  # whose operands sit in registers
-            return Tile(16 if backward else 32, 16, depth, 8 if backward else 4, 1, max_registers=255)
+            warps = 8 if backward and not on_hip() else 4  # AMD's are twice as wide: 8 would load 64 bits a lane
+            return Tile(16 if backward else 32, 16, depth, warps, 1, max_registers=255)
         return Tile(32, 32 if depth <= 64 else 16, depth, 4, 1, max_registers=255 if depth == 16 else None)
     return Tile(64, 32 if backward or depth > 64 else 64, depth, 4, 2)
 
