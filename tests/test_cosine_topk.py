@@ -389,6 +389,19 @@ def test_compiled_whole(name: str, dynamic: bool, device: torch.device) -> None:
             assert_same(compiled(*inputs), search(*inputs))
 
 
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiled_where_the_number_of_rows_depends_on_values() -> None:
+    def search(queries: Tensor, corpus: Tensor, kept: Tensor) -> Found:
+        scores, indices = ops.cosine_topk(queries, corpus[kept], 4)
+        return scores + 1, indices
+
+    compiled = torch.compile(search, fullgraph=True, backend="aot_eager")
+    queries, corpus = signs(5, torch.device("cpu")), signs(30, torch.device("cpu"), seed=1)
+    for n in (20, 3):
+        inputs = queries, corpus, torch.arange(30) < n
+        assert_same(compiled(*inputs), search(*inputs))
+
+
 X = torch.zeros(2, 4)
 
 

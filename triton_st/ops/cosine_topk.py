@@ -60,7 +60,7 @@ def _check(queries: Tensor, corpus: Tensor, k: int) -> None:
 
 
 def _fake(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    shape = (queries.shape[0], min(k, corpus.shape[0]))
+    shape = (queries.shape[0], torch.sym_min(k, corpus.shape[0]))
     dtype = torch.promote_types(queries.dtype, torch.float32)
     return queries.new_empty(shape, dtype=dtype), queries.new_empty(shape, dtype=torch.int64)
 
