@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -89,6 +90,15 @@ def interrupt_when(model: SentenceTransformer, texts: int, monkeypatch: pytest.M
     monkeypatch.setattr(model, "_token_ids", token_ids)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, which it does not in processes that a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("backend_of", ["engine", "model"])
 def test_an_interruption_leaves_the_model_as_it_was(model, monkeypatch, backend_of) -> None:
     if backend_of == "model":
@@ -104,6 +114,7 @@ def test_an_interruption_leaves_the_model_as_it_was(model, monkeypatch, backend_
     np.testing.assert_array_equal(model.encode(TEXTS), wanted)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_what_was_written_before_an_interruption_stays(model, monkeypatch) -> None:
     monkeypatch.setattr(encoding, "_ROWS_AT_ONCE", 1000)
     texts = (TEXTS * 8)[:3000]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 SHOWN_ROWS = 10
+_READ = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
 
 class TrainingDiverged(FloatingPointError):
@@ -79,7 +80,9 @@ def _first_activation(model: nn.Module, features: list[dict[str, Any]]) -> tuple
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    # The encoder reads the parameters of the smallest modules without calling them, and refuses any that have hooks.
+    called = [(name, module) for name, module in model.named_modules() if not isinstance(module, _READ)]
+    handles = [module.register_forward_hook(watch(name)) for name, module in called]
     try:
         with torch.no_grad():
             for column, batch in enumerate(features):
