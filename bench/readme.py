@@ -128,7 +128,7 @@ def training() -> str:
         "Most resident memory while training:\n\n"
         + training_page.memory(result["memory"])
         + "\n\nTimes faster than sentence-transformers in fp32 where nobody pads, over texts of one length, 8 to 512 "
-        f"tokens: {'; '.join(lengths)}. By length and by batch size: "
+        f"tokens: {'; '.join(lengths)}. All of it: "
         "[bench/results/training.md](bench/results/training.md). `python -m bench.training --data DATA`"
     )
 
