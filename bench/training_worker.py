@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from bench import steps
+from bench.resources import forget_peak, resident
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, steps.ST: torch.float32}
 STEPS = 4
+MIB = 2**20
 SETTINGS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -99,16 +101,10 @@ def memory(contender: str, folder: str, texts: str) -> dict[str, Any]:
     model, loss = steps.load(contender, folder)
     features = steps.features(model, json.loads(Path(texts).read_text()))
     step = steps.training_step(model, loss, features, PRECISIONS[contender])
-    loaded = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    loaded = resident("VmRSS") / MIB
+    forget_peak()  # of loading
     losses = [step() for _ in range(STEPS)]
-    return {"loaded": loaded, "peak": resident("VmHWM"), "losses": losses}
-
-
-def resident(field: str) -> float:
-    """MiB of resident memory: now (VmRSS) or at most so far (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+    return {"loaded": loaded, "peak": resident("VmHWM") / MIB, "losses": losses}
 
 
 def main() -> None:
