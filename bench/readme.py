@@ -117,7 +117,7 @@ def speed() -> str:
 
 
 def training() -> str:
-    """Memory of training, and time where nobody pads."""
+    """A whole run, memory of training, and time where nobody pads."""
     result = {name: section["cases"] for name, section in _load("training").items()}
     lengths = [
         f"{case}, {min(spread):.1f} – {max(spread):.1f}"
@@ -125,10 +125,12 @@ def training() -> str:
         for spread in [[seconds["st"] / seconds["fp32"] for seconds in found["seconds"].values()]]
     ]
     return (
-        "Most resident memory while training:\n\n"
+        "The reference recipe from making the trainer to its end, with evaluations and checkpoints:\n\n"
+        + training_page.whole_run(result["whole_run"])
+        + "\n\nMost resident memory while training:\n\n"
         + training_page.memory(result["memory"])
         + "\n\nTimes faster than sentence-transformers in fp32 where nobody pads, over texts of one length, 8 to 512 "
-        f"tokens: {'; '.join(lengths)}. All of it: "
+        f"tokens: {'; '.join(lengths)}. By length, by batch size, and where a step goes: "
         "[bench/results/training.md](bench/results/training.md). `python -m bench.training --data DATA`"
     )
 
