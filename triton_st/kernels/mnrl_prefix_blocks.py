@@ -41,6 +41,25 @@ def _factors(values, BLOCK: tl.constexpr, left):
     return tl.load(values + row, mask=row < left, other=0)
 
 
+@triton.jit
+def _to_prefix(
+    dots, prefix, first, left, right, left_ratio, right_ratio, left_lines, right_lines, q_left, m_left,
+    D: tl.constexpr, ENDS: tl.constexpr, PREFIXES: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Dot products of a prefix's copies from those of the prefix before, which ends with block `first`; and its end."""
+    last = 0
+    for p in tl.static_range(PREFIXES):
+        last = tl.where(prefix == p, ENDS[p], last)
+    if left_ratio is not None:
+        line = tl.cast(prefix, tl.int64)
+        left_step = _factors(left_ratio + line * left_lines, BLOCK_Q, q_left)
+        right_step = _factors(right_ratio + line * right_lines, BLOCK_M, m_left)
+        dots = dots * left_step[:, None] * right_step[None, :]
+    dots = _add_dots(dots, left, right, q_left, m_left, first, last, D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION)
+    return dots, last
+
+
 @triton.jit(
     do_not_specialize=[
         "own_first", "row_first", "column_first", "slot", "slots", "fresh", "period", "left_count", "right_count",
@@ -99,18 +118,11 @@ def _prefix_sums_kernel(
         dots = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
         first = 0
         for prefix in range(PREFIXES):
-            last = 0
-            for p in tl.static_range(PREFIXES):
-                last = tl.where(prefix == p, ENDS[p], last)
+            dots, first = _to_prefix(
+                dots, prefix, first, left, right, left_ratio, right_ratio, left_lines, right_lines,
+                q_left, m_left - start, D, ENDS, PREFIXES, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION,
+            )  # fmt: skip
             line = tl.cast(prefix, tl.int64)
-            if left_norm is not None:
-                left_step = _factors(left_ratio + line * left_lines, BLOCK_Q, q_left)
-                right_step = _factors(right_ratio + line * right_lines, BLOCK_M, m_left - start)
-                dots = dots * left_step[:, None] * right_step[None, :]
-            dots = _add_dots(
-                dots, left, right, q_left, m_left - start, first, last, D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION
-            )
-            first = last
             similarity = dots
             if left_norm is not None:
                 # In the order of the weights kernel: at a high scale another rounding would not cancel against its own.
@@ -162,19 +174,16 @@ def _prefix_products_kernel(
     left += q_start.to(tl.int64) * D
     right += m_start.to(tl.int64) * D
     products += q_start.to(tl.int64) * stride + m_start
+    if left_ratio is not None:
+        left_ratio += q_start
+        right_ratio += m_start
     dots = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
     first = 0
     for prefix in range(PREFIXES):
-        last = 0
-        for p in tl.static_range(PREFIXES):
-            last = tl.where(prefix == p, ENDS[p], last)
-        if left_ratio is not None:
-            line = tl.cast(prefix, tl.int64)
-            left_step = _factors(left_ratio + line * left_lines + q_start, BLOCK_Q, q_left)
-            right_step = _factors(right_ratio + line * right_lines + m_start, BLOCK_M, m_left)
-            dots = dots * left_step[:, None] * right_step[None, :]
-        dots = _add_dots(dots, left, right, q_left, m_left, first, last, D, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION)
-        first = last
+        dots, first = _to_prefix(
+            dots, prefix, first, left, right, left_ratio, right_ratio, left_lines, right_lines,
+            q_left, m_left, D, ENDS, PREFIXES, BLOCK_Q, BLOCK_M, BLOCK_K, PRECISION,
+        )  # fmt: skip
         at = products + place[:, None] * stride + m_place[None, :]
         tl.store(at, dots, mask=(place < q_left)[:, None] & (m_place < m_left)[None, :])
         products += panel
