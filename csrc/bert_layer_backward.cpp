@@ -105,29 +105,31 @@ struct Backward {
     const Matrix<float> d_sum2 = new_operand<float>(scratch.d_sum2, rows, d);
     const Matrix<C> d_output = place(scratch.d_output, &WideOperands<C>::d_output, token, rows, d);
     scratch.dropout.draw(dropout.feed_forward, token, rows, d);
-    for (int64_t r = 0; r < rows; ++r) {
+    for_norm_rows(rows, kDownBias, vectors, [&](int64_t r, float* d_bias) {
       const int64_t t = token + r;
-      norm_backward(grad.row(t), kept.norm2 + t * d, kept.rstd2[t], kDownBias, vectors, d_sum2.row(r));
-      drop(r, d_sum2.row(r), d_output.row(r), vectors + layout.at[kDownBias]);
-    }
+      norm_backward(grad.row(t), kept.norm2 + t * d, kept.rstd2[t], kDownBias, d_bias, d_sum2.row(r));
+      drop(r, d_sum2.row(r), d_output.row(r), d_bias);
+    });
     const Matrix<C> d_inner = place(scratch.d_inner, &WideOperands<C>::d_inner, token, rows, inner);
     const Matrix<C> activated = place(scratch.inner, &WideOperands<C>::inner, token, rows, inner);
     multiply<C>(read_only(d_output), down_weight, scratch.strip, [&](int64_t column, float* strip) {
       const int64_t n = inner - column;
       const T* pre = kept.pre + token * inner + column;
       float* d_bias = vectors + layout.at[kUpBias] + column;
-      Vec low_sum = load(d_bias), high_sum = load(d_bias + kWidth);
-      for (int64_t r = 0; r < rows; ++r, strip += kPanel, pre += inner) {
-        const GeluAndSlope low = gelu_and_slope(load_some(pre, n));
-        const GeluAndSlope high = gelu_and_slope(load_some(pre + kWidth, n - kWidth));
-        const Vec d_low = load(strip) * low.slope, d_high = load(strip + kWidth) * high.slope;
-        low_sum += d_low;
-        high_sum += d_high;
-        store_strip(d_inner.row(r) + column, n, d_low, d_high);
-        store_strip(activated.row(r) + column, n, low.value, high.value);
+      for (int64_t r = 0; r < rows;) {
+        Vec low_sum{}, high_sum{};
+        for (const int64_t end = std::min(r + kFewRows, rows); r < end; ++r, strip += kPanel, pre += inner) {
+          const GeluAndSlope low = gelu_and_slope(load_some(pre, n));
+          const GeluAndSlope high = gelu_and_slope(load_some(pre + kWidth, n - kWidth));
+          const Vec d_low = load(strip) * low.slope, d_high = load(strip + kWidth) * high.slope;
+          low_sum += d_low;
+          high_sum += d_high;
+          store_strip(d_inner.row(r) + column, n, d_low, d_high);
+          store_strip(activated.row(r) + column, n, low.value, high.value);
+        }
+        store(d_bias, load(d_bias) + low_sum);
+        store(d_bias + kWidth, load(d_bias + kWidth) + high_sum);
       }
-      store(d_bias, low_sum);
-      store(d_bias + kWidth, high_sum);
     });
     const Matrix<C> hidden = place(scratch.hidden, &WideOperands<C>::hidden, token, rows, d);
     for (int64_t r = 0; r < rows; ++r) {
@@ -153,11 +155,11 @@ struct Backward {
     });
     const Matrix<C> d_projected = place(scratch.d_projected, &WideOperands<C>::d_projected, token, rows, d);
     scratch.dropout.draw(dropout.projection, token, rows, d);
-    for (int64_t r = 0; r < rows; ++r) {
+    for_norm_rows(rows, kProjectionBias, vectors, [&](int64_t r, float* d_bias) {
       const int64_t t = token + r;
-      norm_backward(d_sum2.row(r), kept.norm1 + t * d, kept.rstd1[t], kProjectionBias, vectors, d_sum1.row(r));
-      drop(r, d_sum1.row(r), d_projected.row(r), vectors + layout.at[kProjectionBias]);
-    }
+      norm_backward(d_sum2.row(r), kept.norm1 + t * d, kept.rstd1[t], kProjectionBias, d_bias, d_sum1.row(r));
+      drop(r, d_sum1.row(r), d_projected.row(r), d_bias);
+    });
     if (!wide) {
       const Matrix<const T> attended{kept.attended + token * d, rows, d, d};
       add_outer(kProjectionWeight, read_only(d_projected), attended, sums, onto);
@@ -175,9 +177,13 @@ struct Backward {
     const int64_t d = sizes.hidden, n = 3 * d;
     float* d_bias = vectors + layout.at[kQkvBias];
     for (int64_t i = 0; i < n; i += kWidth) {
-      Vec total = load(d_bias + i);
-      for (int64_t r = 0; r < rows; ++r) total += load_some(d_qkv.row(r) + i, n - i);
-      store(d_bias + i, total);
+      Vec total{};
+      for (int64_t r = 0; r < rows;) {
+        Vec few{};
+        for (const int64_t end = std::min(r + kFewRows, rows); r < end; ++r) few += load_some(d_qkv.row(r) + i, n - i);
+        total += few;
+      }
+      store(d_bias + i, load(d_bias + i) + total);
     }
     Matrix<const C> gradient;
     if (wide) {
@@ -217,13 +223,23 @@ struct Backward {
     accumulate_outer<C, S>(left, right, sums + layout.at[weight], layout.stride(weight), onto);
   }
 
-  // The gradient of a LayerNorm's sum, and those of its weight and bias, which follow `bias` among the parameters.
+  // Calls f(r, d_bias) for rows; what it adds to d_bias is added to the gradients of `bias` and of the LayerNorm's
+  // weight and bias, which follow it among the parameters.
+  template <class F>
+  void for_norm_rows(int64_t rows, int bias, float* vectors, F&& f) const {
+    RowSums sums(vectors + layout.at[bias], 3 * layout.stride(bias));
+    for (int64_t r = 0; r < rows; ++r) {
+      f(r, sums.get());
+      sums.row_added();
+    }
+  }
+
+  // The gradient of a LayerNorm's sum, and those of its weight and bias, which are added where they follow d_bias.
   template <class G>
-  void norm_backward(const G* d_out, const T* normalised, float rstd, int bias, float* vectors, float* d_sum) const {
-    const int64_t d = sizes.hidden;
+  void norm_backward(const G* d_out, const T* normalised, float rstd, int bias, float* d_bias, float* d_sum) const {
+    const int64_t d = sizes.hidden, stride = layout.stride(bias);
     for_vectors(d, [&](int64_t i, int64_t n) { store(d_sum + i, load_some(normalised + i, n)); });
-    layer_norm_backward_row(d_out, d_sum, rstd, parameters[bias + 1], d, vectors + layout.at[bias + 1],
-                            vectors + layout.at[bias + 2]);
+    layer_norm_backward_row(d_out, d_sum, rstd, parameters[bias + 1], d, d_bias + stride, d_bias + 2 * stride);
   }
 
   // The gradient through dropout of row r of those at hand, as an operand and added to that of the bias.

@@ -70,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backwa
     parallel(sums.parts(), 2 * norm_cost(rows, d), [&](int64_t unit) {
       const int64_t first = unit * kNormRows, count = std::min(kNormRows, rows - first);
       float* total = row_memory.reserve(round_up(d, kWidth));
-      float *weight_sum = sums.start(unit), *bias_sum = weight_sum + sums.width();
+      RowSums row_sums(sums.start(unit), sums.floats());
+      float *weight_sum = row_sums.get(), *bias_sum = weight_sum + sums.width();
       float* x_bias_sum = x_bias ? bias_sum + sums.width() : nullptr;
       RowDropout& row_dropout = thread_dropout;  // looked up once, not for every vector
       row_dropout.draw(dropout, first, count, d);
@@ -80,6 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backwa
         to_unit_row(total, {mean[row], rstd[row]}, d);
         layer_norm_backward_row(grads.row(row), total, rstd[row], weight, d, weight_sum, bias_sum);
         write_gradients(total, row_dropout, r, d, grad_xs + row * d, grad_residuals + row * d, x_bias_sum);
+        row_sums.row_added();
       }
     });
   });

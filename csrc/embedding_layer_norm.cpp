@@ -192,7 +192,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_backward
     const Matrix<const T> grads = matrix<T>(grad);
     parallel(sums.parts(), 2 * norm_cost(tokens, d), [&](int64_t unit) {
       const int64_t first = unit * kNormRows, count = std::min(kNormRows, tokens - first);
-      float *weight_sum = sums.start(unit), *bias_sum = weight_sum + sums.width();
+      RowSums row_sums(sums.start(unit), sums.floats());
+      float *weight_sum = row_sums.get(), *bias_sum = weight_sum + sums.width();
       float* kept = row_memory.reserve(width);
       RowDropout& row_dropout = thread_dropout;  // looked up once, not for every vector
       row_dropout.draw(dropout, first, count, d);
@@ -203,6 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_backward
         embeddings.sum(t, total);
         to_unit_row(total, {mean[t], rstd[t]}, d);
         layer_norm_backward_row(kept, total, rstd[t], weight, d, weight_sum, bias_sum);
+        row_sums.row_added();
       }
     });
   });

@@ -4,8 +4,9 @@
 //   forward:   residual_sum → row_statistics → write_normalised
 //   backward:  residual_sum → to_unit_row → layer_norm_backward_row → write_gradients
 //
-// Gradients of parameters are sums over rows: of kNormRows rows at a time, whoever computes them, then of those partial
-// sums in their order (ParameterSums). So they depend on neither the number of threads nor chance.
+// Gradients of parameters are sums over rows: of kFewRows rows (RowSums), of kNormRows rows at a time, whoever computes
+// them, then of those partial sums in their order (ParameterSums). So they depend on neither the number of threads nor
+// chance.
 #pragma once
 
 #include <cmath>
@@ -19,6 +20,7 @@
 namespace triton_st {
 
 inline constexpr int64_t kNormRows = 64;
+inline constexpr int64_t kFewRows = 16;
 
 // Calls f(k, n) for all vectors of a row of d elements: k is its first element, n how many there are (or more).
 template <class F>
@@ -143,6 +145,37 @@ inline void write_gradients(const float* grad_total, const RowDropout& dropout, 
   });
 }
 
+// Vectors summed over rows, of kFewRows rows at a time: a long running sum loses digits, most of all that of equal
+// numbers (as the gradients of a mean are), every step of which rounds to the same side.
+class RowSums {
+ public:
+  // Adds to total [floats], whole vectors, until it ends. A thread has one at a time.
+  RowSums(float* total, int64_t floats) : total_(total), floats_(floats) {
+    thread_local Buffer memory;
+    few_ = memory.reserve(floats);
+    std::fill_n(few_, floats, 0.f);
+  }
+  ~RowSums() { add(); }
+  RowSums(const RowSums&) = delete;
+  RowSums& operator=(const RowSums&) = delete;
+
+  float* get() const { return few_; }  // what a row is added to
+  void row_added() {
+    if (++rows_ % kFewRows == 0) add();
+  }
+
+ private:
+  void add() {
+    for (int64_t i = 0; i < floats_; i += kWidth) {
+      store(total_ + i, load(total_ + i) + load(few_ + i));
+      store(few_ + i, Vec{});
+    }
+  }
+
+  float *total_, *few_;
+  int64_t floats_, rows_ = 0;
+};
+
 // Sums over rows for `kinds` vectors of d parameters, in parts of kNormRows rows.
 class ParameterSums {
  public:
@@ -160,6 +193,7 @@ class ParameterSums {
     return sums;
   }
   int64_t width() const { return width_; }
+  int64_t floats() const { return stride_; }  // of all kinds
 
   // out [d] = the sum of one kind over all parts, added in their order.
   void finish(int kind, float* out) const {

@@ -114,7 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_mean_pool_backward
     const Matrix<const X> xs = matrix<X>(x);
     const float* averages = static_cast<const float*>(pooled.const_data_ptr());
     parallel(bias_sums.parts(), sequences.count() * d / 2, [&](int64_t unit) {
-      float* bias_sum = bias_sums.start(unit);
+      RowSums row_sums(bias_sums.start(unit), bias_sums.floats());
+      float* bias_sum = row_sums.get();
       for (int64_t s = unit * kNormRows; s < std::min((unit + 1) * kNormRows, sequences.count()); ++s) {
         float* share = shares.get() + s * width;
         for_vectors(d, [&](int64_t k, int64_t n) { store(share + k, load_some(grads.row(s) + k, n)); });
@@ -126,6 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_mean_pool_backward
           store(bias_sum + k, load(bias_sum + k) + g);
           store(share + k, g / length);
         });
+        row_sums.row_added();
       }
     });
     X* grad_xs = data<X>(grad_x);
@@ -133,7 +135,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_mean_pool_backward
     parallel(sums.parts(), 2 * norm_cost(rows, d), [&](int64_t unit) {
       const int64_t first = unit * kNormRows, count = std::min(kNormRows, rows - first);
       float* total = row_memory.reserve(width);
-      float *weight_sum = sums.start(unit), *x_bias_sum = x_bias ? weight_sum + sums.width() : nullptr;
+      RowSums row_sums(sums.start(unit), sums.floats());
+      float *weight_sum = row_sums.get(), *x_bias_sum = x_bias ? weight_sum + sums.width() : nullptr;
       RowDropout& row_dropout = thread_dropout;  // looked up once, not for every vector
       row_dropout.draw(dropout, first, count, d);
       int64_t s = sequences.first_from(first + 1) - 1;
@@ -144,6 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_mean_pool_backward
         to_unit_row(total, {mean[row], rstd[row]}, d);
         layer_norm_backward_row(shares.get() + s * width, total, rstd[row], weight, d, weight_sum, nullptr);
         write_gradients(total, row_dropout, r, d, grad_xs + row * d, grad_residuals + row * d, x_bias_sum);
+        row_sums.row_added();
       }
     });
   });
