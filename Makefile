@@ -56,7 +56,7 @@ SANITIZERS = $(foreach name,libasan libubsan libstdc++,$(shell g++ -print-file-n
 sanitize: $(VENV)/.tools
 	TRITON_ST_CXXFLAGS='-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer' \
 	LD_PRELOAD='$(SANITIZERS)' ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(PY) -m pytest -k 'not triton and not reference' $(OPERATOR_TESTS)
+	$(PY) -m pytest -k 'not triton and not reference' $(OPERATOR_TESTS) tests/test_bert_layer.py tests/test_mnrl_loss_cpp.py
 
 check: $(VENV)/.tools
 	$(PY) -m ruff check .

@@ -161,8 +161,13 @@ print(run(4096))
 def test_memory_is_bounded() -> None:
     """4,096 triplets have 400 MiB of similarities in four directions, for each of four prefixes."""
     env = {**os.environ, "TRITON_ST_BACKEND": "cpp"}
+    bound = 64.0
+    if "libasan" in env.get("LD_PRELOAD", ""):
+        # It keeps 256 MiB of what is freed, unless told not to, and marks what is used in memory of an eighth the size.
+        bound *= 9 / 8
+        env["ASAN_OPTIONS"] = env.get("ASAN_OPTIONS", "") + ":quarantine_size_mb=0:thread_local_quarantine_size_kb=0"
     done = subprocess.run([sys.executable, "-c", MEMORY], env=env, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 64
+    assert float(done.stdout) < bound
 
 
 LESSER = """
