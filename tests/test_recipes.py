@@ -6,7 +6,9 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import sentence_transformers
 import torch
 from transformers import AutoTokenizer
 
@@ -161,3 +163,24 @@ def test_an_uncased_tokenizer_is_saved_as_one(tmp_path: Path) -> None:
     assert loaded("CAFÉ Dog")["input_ids"] == tokenizer("cafe dog")["input_ids"] == loaded("cafe dog")["input_ids"]
     cased = train_wordpiece_tokenizer(TEXTS, vocab_size=200)
     assert cased("A")["input_ids"] != cased("a")["input_ids"]
+
+
+def test_a_tokenizer_that_splits_endings_is_saved_as_one(tmp_path: Path) -> None:
+    sentence = "She baked a cake, bakes and is baking; dogs dress, bus by bus."
+    tokenizer = train_wordpiece_tokenizer([sentence] * 9, vocab_size=300, lowercase=True, split_endings=True)
+    stems = "she bak ed a cak e , bak es and is bak ing ; dog s dress , bus by bus ."
+    assert " ".join(tokenizer.tokenize(sentence)) == stems
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert " ".join(loaded.tokenize(sentence)) == stems
+    assert dict(loaded(sentence, "Dogs")) == dict(tokenizer(sentence, "Dogs"))
+    assert loaded.special_tokens_map == tokenizer.special_tokens_map
+    assert loaded.model_max_length == tokenizer.model_max_length == 512
+
+
+def test_the_better_model_is_the_same_in_sentence_transformers(tmp_path: Path) -> None:
+    texts = scene_texts()
+    model = recipes.new_model(texts, recipe=recipes.BETTER, vocab_size=600, hidden_size=128, device="cpu")
+    model.save_pretrained(str(tmp_path))
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    np.testing.assert_allclose(theirs.encode(texts[:20]), model.encode(texts[:20]), rtol=0, atol=1e-5)

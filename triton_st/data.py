@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, DatasetInfo, IterableDataset, load_dataset, load_from_disk
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import BertTokenizer
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from triton_st.sampler import DefaultBatchSampler, NoDuplicatesBatchSampler
 
@@ -44,6 +44,7 @@ _FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _NEGATIVE = re.compile(r"negative(?:_?(\d+))?")
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_ENDINGS = r"(?<=\p{L}{3})(?:ing|ed|es|e|(?<!s)s)$"
 _MAX_ALPHABET = 1000  # the trainer's own default; beyond it, rare characters become [UNK]
 
 Source: TypeAlias = Dataset | DatasetDict | str | Path
@@ -367,8 +368,13 @@ def _read_parquet(path: Path, max_samples: int | None) -> Dataset:
 
 
 def train_wordpiece_tokenizer(
-    texts: Iterable[str], vocab_size: int = 2000, max_length: int = 512, *, lowercase: bool = False
-) -> BertTokenizer:
+    texts: Iterable[str],
+    vocab_size: int = 2000,
+    max_length: int = 512,
+    *,
+    lowercase: bool = False,
+    split_endings: bool = False,
+) -> PreTrainedTokenizerFast:
     """Train a WordPiece tokenizer on `texts`, as BERT's (Devlin et al., 2018); by default it keeps case.
 
     The same texts give the same vocabulary and the same ids in every process.
@@ -379,6 +385,7 @@ def train_wordpiece_tokenizer(
             pieces that occur twice.
         max_length: longest sequence, in tokens, that the tokenizer truncates to.
         lowercase: lower-case texts and strip accents, as BERT's uncased models do.
+        split_endings: cut English words before -s, -es, -e, -ed and -ing, so that the forms of a word share its stem.
 
     Returns:
         A transformers fast tokenizer: `save_pretrained` writes a folder that `AutoTokenizer` loads with equal ids.
@@ -398,6 +405,9 @@ def train_wordpiece_tokenizer(
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if split_endings:
+        endings = pre_tokenizers.Split(Regex(_ENDINGS), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([tokenizer.pre_tokenizer, endings])
 
     alphabet, continuations = _alphabet(tokenizer, texts, vocab_size)
     # The trainer numbers "##x" pieces in the order of a randomly seeded hash map and breaks ties between equally
@@ -412,8 +422,17 @@ def train_wordpiece_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return BertTokenizer(
+    bert = BertTokenizer(
         vocab=tokenizer.get_vocab(), do_lower_case=lowercase, strip_accents=lowercase, model_max_length=max_length
+    )
+    if not split_endings:
+        return bert
+    bert.backend_tokenizer.pre_tokenizer = tokenizer.pre_tokenizer
+    return PreTrainedTokenizerFast(  # a BertTokenizer that is loaded makes a pre-tokenizer of its own
+        tokenizer_object=bert.backend_tokenizer,
+        model_max_length=max_length,
+        model_input_names=bert.model_input_names,
+        **bert.special_tokens_map,
     )
 
 

@@ -34,6 +34,7 @@ class Recipe:
         arguments: fields of `SentenceTransformerTrainingArguments`.
         loss: settings of `MultipleNegativesRankingLoss`.
         lowercase: whether the vocabulary is uncased.
+        split_endings: whether English words are cut before their endings, so that their forms share a stem.
         weighted_words: start as a bag of words weighted by IDF, see `models.lexical`; else from random weights.
         hard_negatives: train on the columns after the positive as well.
     """
@@ -45,6 +46,7 @@ class Recipe:
     arguments: Mapping[str, Any]
     loss: Mapping[str, Any] = field(default_factory=lambda: {"scale": 20.0})
     lowercase: bool = False
+    split_endings: bool = False
     weighted_words: bool = False
     hard_negatives: bool = True
 
@@ -88,10 +90,10 @@ BETTER = Recipe(
     vocab_size=20_000,
     max_seq_length=128,
     encoder={
-        "hidden_size": 1_536,
+        "hidden_size": 1_024,
         "num_hidden_layers": 0,
-        "num_attention_heads": 12,
-        "intermediate_size": 1_536,
+        "num_attention_heads": 16,
+        "intermediate_size": 1_024,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -99,9 +101,10 @@ BETTER = Recipe(
     },
     arguments={
         **REFERENCE.arguments,
-        "per_device_train_batch_size": 4_096,
-        "num_train_epochs": 8,
-        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 2_048,
+        "num_train_epochs": 4,
+        "learning_rate": 4e-3,
+        "batch_sampler": "batch_sampler",
         "adam_beta2": 0.98,
     },
     loss={
@@ -111,6 +114,7 @@ BETTER = Recipe(
         "false_negatives": "mask_duplicates",
     },
     lowercase=True,
+    split_endings=True,
     weighted_words=True,
     hard_negatives=False,
 )
@@ -150,7 +154,9 @@ def new_model(
     texts = list(texts)
     length = recipe.max_seq_length if max_seq_length is None else max_seq_length
     size = recipe.vocab_size if vocab_size is None else vocab_size
-    tokenizer = train_wordpiece_tokenizer(texts, vocab_size=size, max_length=length, lowercase=recipe.lowercase)
+    tokenizer = train_wordpiece_tokenizer(
+        texts, size, length, lowercase=recipe.lowercase, split_endings=recipe.split_endings
+    )
     settings = {**recipe.encoder, "max_position_embeddings": length, **encoder}
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **settings)
     with torch.random.fork_rng(devices=[]):
