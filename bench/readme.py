@@ -58,7 +58,8 @@ def better_recipe() -> str:
         f"`--recipe better` trains from scratch on the same data for {result['training_seconds']:.0f} seconds "
         f"({result['threads']} threads, {result['steps']} steps): a start as a bag of words weighted by inverse "
         "document frequency (IDF) in which like spelling is likeness, words cut before their endings, both directions "
-        "of the loss, large batches, no hard negatives. Spearman of the cosine on STS-Benchmark, of which dev chose the settings:\n\n"
+        "of the loss, large batches, no hard negatives. Spearman of the cosine on STS-Benchmark, of which dev chose "
+        "the settings:\n\n"
         + table(["", "dev", "test"], rows)
         + f"\n\nOn dev it is {' and '.join(ahead)}, and {met} the aim of {result['required_margin']} above both. "
         "`python -m bench.better_recipe --data DATA`"
