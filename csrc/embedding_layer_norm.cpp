@@ -115,9 +115,14 @@ void sum_by_row(const Rows& rows, int64_t count, const float* from, int64_t widt
   const int64_t row_units = ceil_div(count, kRows), column_units = ceil_div(d, kColumns);
   const int64_t cost = (static_cast<int64_t>(rows.size()) + count) * d / 8;
   parallel(row_units * column_units, cost, [&](int64_t unit) {
-    const int64_t first = unit / column_units * kRows, column = unit % column_units * kColumns;
+    const int64_t first = unit / column_units * kRows, last = std::min(first + kRows, count);
+    const int64_t column = unit % column_units * kColumns;
+    if (begin[first] == begin[last]) {  // most of a vocabulary, for a few texts
+      if (column == 0) std::fill(out + first * d, out + last * d, 0.f);
+      return;
+    }
     const int64_t vectors = std::min(kVectors, ceil_div(d - column, kWidth));
-    for (int64_t i = first; i < std::min(first + kRows, count); ++i) {
+    for (int64_t i = first; i < last; ++i) {
       Vec total[kVectors] = {};
       for (int64_t t = begin[i]; t < begin[i + 1];) {
         Vec some[kVectors] = {};  // a sum of few at a time keeps more digits
