@@ -144,11 +144,8 @@ void attend(const Head<T>& head, float scale, const float* bias, T* out, int64_t
     pack_queries(head, first, queries);
     for_row_groups(length, [&](int64_t key, int64_t rows) {
       const auto multiply = vectors == 2 ? multiply_of<P, false, 2>(rows) : multiply_of<P, false, 1>(rows);
-      multiply(reinterpret_cast<const float*>(head.keys + key * head.stride), stride, queries, kPanel, steps, sums);
-      for (int64_t r = 0; r < rows; ++r) {
-        store(scores + (key + r) * kPanel, sums[2 * r]);
-        if (vectors == 2) store(scores + (key + r) * kPanel + kWidth, sums[2 * r + 1]);
-      }
+      multiply(reinterpret_cast<const float*>(head.keys + key * head.stride), stride, queries, kPanel, steps,
+               reinterpret_cast<Vec*>(scores + key * kPanel));
     });
     if (bias) {
       soften<kPaired, true>(scores, length, vectors, scale, bias + first, totals);
@@ -164,8 +161,11 @@ void attend(const Head<T>& head, float scale, const float* bias, T* out, int64_t
         for (int64_t r = 0; r < rows; ++r) {
           T* row = out + (first + query + r) * out_stride + i;
           const Vec factor = splat(inverse[query + r]);
-          put(row, sums[2 * r] * factor);
-          if (two) put(row + kWidth, sums[2 * r + 1] * factor);
+          if (two) {
+            put(row, sums[2 * r] * factor, sums[2 * r + 1] * factor);
+          } else {
+            put(row, sums[2 * r] * factor);
+          }
         }
       }
     });

@@ -24,7 +24,19 @@ inline Vec gelu(Vec x, float) {
   return z < 0.f ? half * tail : fma(-half, tail, x);
 }
 
-// x · Φ(x), to within 4e-5: less than bf16 or int8 can hold of it.
+// x · Φ(x), to within 2e-3, a fraction of a byte's step.
+inline Vec gelu(Vec x, int8_t) {
+  const Vec positive = maximum(Vec{}, x);  // NaN comes through
+  const Vec end = splat(3.3f);
+  Vec size = absolute(x);
+  size = size < end ? size : end;
+  Vec p = fma(splat(0.02031988f), size, splat(-0.17932324f));
+  p = fma(p, size, splat(0.5310474f));
+  p = fma(p, size, splat(-0.52986197f));
+  return fma(p, size, positive);
+}
+
+// x · Φ(x), to within 4e-5: less than bf16 can hold of it.
 inline Vec gelu(Vec x, BFloat16) {
   constexpr float kEnd = 4.5f;
 #if defined(TRITON_ST_AVX512)
@@ -52,31 +64,56 @@ inline Ints lane_numbers() {
   return lanes;
 }
 
-// Layer normalisation of n values in place; what lies behind them up to a multiple of kPanel is and stays 0. With
-// kSpread, `spread` gets x̂ · norm.spread.
-template <bool kSpread>
-void layer_norm(float* x, int64_t n, const Norm& norm, float eps, float* spread) {
+// Layer normalisation in place of kRows rows of n values, `stride` from each other; what lies behind them up to a
+// multiple of kPanel is and stays 0. Rows beside each other hide the time that sums across lanes take. With kSpread,
+// row r of `spread`, round_up(n, kPanel) long, gets x̂ · norm.spread, and ranges[r] its range.
+template <bool kSpread, int kRows>
+void layer_norm(float* x, int64_t stride, int64_t n, const Norm& norm, float eps, float* spread, Range* ranges) {
   const int64_t padded = round_up(n, kPanel);
-  Vec sums[4] = {};
-  for (int64_t i = 0; i < padded; i += kPanel) {
-    sums[i / kPanel % 2] += load(x + i);
-    sums[2 + i / kPanel % 2] += load(x + i + kWidth);
+  Vec mean[kRows], inverse[kRows], most[kRows] = {}, least[kRows] = {};
+  for (int r = 0; r < kRows; ++r) {
+    const float* row = x + r * stride;
+    Vec sums[4] = {};
+    for (int64_t i = 0; i < padded; i += kPanel) {
+      sums[i / kPanel % 2] += load(row + i);
+      sums[2 + i / kPanel % 2] += load(row + i + kWidth);
+    }
+    mean[r] = splat(sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(n));
   }
-  const Vec mean = splat(sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(n));
   const Ints lanes = lane_numbers();
-  Vec squares[2] = {};
-  for (int64_t i = 0; i < padded; i += kPanel) {
-    for (int v = 0; v < 2; ++v) {
-      Vec off = load(x + i + v * kWidth) - mean;
-      if (i + kPanel > n) off = lanes < static_cast<int32_t>(n - i - v * kWidth) ? off : Vec{};
-      squares[v] = fma(off, off, squares[v]);
+  for (int r = 0; r < kRows; ++r) {
+    const float* row = x + r * stride;
+    Vec squares[2] = {};
+    for (int64_t i = 0; i < padded; i += kPanel) {
+      for (int v = 0; v < 2; ++v) {
+        Vec off = load(row + i + v * kWidth) - mean[r];
+        if (i + kPanel > n) off = lanes < static_cast<int32_t>(n - i - v * kWidth) ? off : Vec{};
+        squares[v] = fma(off, off, squares[v]);
+      }
+    }
+    inverse[r] = splat(1.f / std::sqrt(sum(squares[0] + squares[1]) / static_cast<float>(n) + eps));
+  }
+  for (int64_t i = 0; i < padded; i += kWidth) {
+    const Vec gain = load(norm.gain + i), shift = load(norm.shift + i);
+    const Vec factor = kSpread ? load(norm.spread + i) : Vec{};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      float* value = x + r * stride + i;
+      const Vec unit = (load(value) - mean[r]) * inverse[r];
+      store(value, fma(unit, gain, shift));
+      if constexpr (kSpread) {
+        const Vec fed = unit * factor;
+        store(spread + r * padded + i, fed);
+        most[r] = maximum(fed, most[r]);
+        least[r] = maximum(-fed, least[r]);
+      }
     }
   }
-  const Vec inverse = splat(1.f / std::sqrt(sum(squares[0] + squares[1]) / static_cast<float>(n) + eps));
-  for (int64_t i = 0; i < padded; i += kWidth) {
-    const Vec unit = (load(x + i) - mean) * inverse;
-    store(x + i, fma(unit, load(norm.gain + i), load(norm.shift + i)));
-    if constexpr (kSpread) store(spread + i, unit * load(norm.spread + i));
+  if constexpr (kSpread) {
+    // What is not finite in a row makes its mean or its variance so, and what is not in `spread`, the weights' scales.
+    for (int r = 0; r < kRows; ++r) {
+      ranges[r] = {largest_lane(least[r]), largest_lane(most[r]), (mean[r][0] + inverse[r][0]) * 0.f};
+    }
   }
 }
 
@@ -100,7 +137,7 @@ struct Workspace {
   Buffer x, x_lanes, qkv, context, context_lanes, hidden, hidden_lanes, row_scales, pooled;
 };
 
-inline thread_local Buffer spread_row;
+inline thread_local Buffer spread_rows;
 
 // Elements from row to row: no multiple of the cache's period.
 template <class T>
@@ -172,8 +209,7 @@ class Pass {
 
   void project_qkv(const Layer& layer, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
     dense_product<P>(x_operand_, row, rows, layer.qkv, panel, panels, [&](int64_t r, int64_t c, Vec low, Vec high) {
-      put(qkv_ + r * qkv_stride_ + c, low);
-      put(qkv_ + r * qkv_stride_ + c + kWidth, high);
+      put(qkv_ + r * qkv_stride_ + c, low, high);
     });
   }
 
@@ -192,7 +228,7 @@ class Pass {
     const int64_t used = model_.sizes.heads * model_.sizes.padded_head();  // the rest of a panel nobody has written
     for (int64_t r = row; r < row + rows; ++r) {
       Activation* values = attended_ + r * context_stride_;
-      for (int64_t i = used; i < context_; i += kWidth) put(values + i, Vec{});
+      std::fill(values + used, values + context_, Activation(0.f));
       quantise_row(values, context_, context_operand_, r);
     }
   }
@@ -203,25 +239,17 @@ class Pass {
   }
 
   void normalise(int64_t row, int64_t rows, const Norm& norm) {
-    const float eps = static_cast<float>(model_.sizes.eps);
-    float* spread = P::kQuantised ? spread_row.reserve(hidden_) : nullptr;
-    for (int64_t r = row; r < row + rows; ++r) {
-      float* x = x_ + r * x_stride_;
-      layer_norm<P::kQuantised>(x, model_.sizes.hidden, norm, eps, spread);
-      quantise_row(spread, hidden_, x_operand_, r);
-      if constexpr (!P::kQuantised && !kFloatLanes) {
-        auto* out = reinterpret_cast<Activation*>(const_cast<float*>(x_operand_.lanes) + r * x_operand_.stride);
-        for (int64_t i = 0; i < hidden_; i += kWidth) put(out + i, load(x + i));
-      }
-    }
+    int64_t r = row;
+    for (; r + kNormRows <= row + rows; r += kNormRows) normalise_rows<kNormRows>(r, norm);
+    for (; r < row + rows; ++r) normalise_rows<1>(r, norm);
   }
 
   // Hidden activations of row r lie in row r − hidden_row of their memory.
   void feed_up(const Layer& layer, int64_t hidden_row, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
-    using Accuracy = std::conditional_t<kFloatLanes && !P::kQuantised, float, BFloat16>;
+    using Accuracy =
+        std::conditional_t<P::kQuantised, int8_t, std::conditional_t<kFloatLanes, float, BFloat16>>;
     dense_product<P>(x_operand_, row, rows, layer.up, panel, panels, [&](int64_t r, int64_t c, Vec low, Vec high) {
-      put(fed_ + (r - hidden_row) * fed_stride_ + c, gelu(low, Accuracy()));
-      put(fed_ + (r - hidden_row) * fed_stride_ + c + kWidth, gelu(high, Accuracy()));
+      put(fed_ + (r - hidden_row) * fed_stride_ + c, gelu(low, Accuracy()), gelu(high, Accuracy()));
     });
   }
 
@@ -239,6 +267,7 @@ class Pass {
   int64_t states_stride() const { return x_stride_; }
 
  private:
+  static constexpr int kNormRows = 4;
   static constexpr bool kFloatLanes = P::kStep == 1;  // activations are operands as they lie in memory
 
   static Activation* activations(Buffer& buffer, int64_t count) {
@@ -256,12 +285,35 @@ class Pass {
     store(x + kWidth, load(x + kWidth) + high);
   }
 
+  template <int kRows>
+  void normalise_rows(int64_t row, const Norm& norm) {
+    const float eps = static_cast<float>(model_.sizes.eps);
+    float *x = x_ + row * x_stride_, *spread = P::kQuantised ? spread_rows.reserve(kNormRows * hidden_) : nullptr;
+    Range ranges[kRows];
+    layer_norm<P::kQuantised, kRows>(x, x_stride_, model_.sizes.hidden, norm, eps, spread, ranges);
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (P::kQuantised) {
+        put_row(spread + r * hidden_, hidden_, Levels(ranges[r]), x_operand_, row + r);
+      } else if constexpr (!kFloatLanes) {
+        auto* out = reinterpret_cast<Activation*>(const_cast<float*>(x_operand_.lanes) + (row + r) * x_operand_.stride);
+        for (int64_t i = 0; i < hidden_; i += kPanel) {
+          put(out + i, load(x + r * x_stride_ + i), load(x + r * x_stride_ + i + kWidth));
+        }
+      }
+    }
+  }
+
+  template <class T>
+  void put_row(const T* values, int64_t n, const Levels& levels, const Operand& operand, int64_t row) {
+    const_cast<float*>(operand.scales)[row] = levels.scale;
+    const_cast<float*>(operand.zeros)[row] = levels.zero;
+    put_levels(values, n, levels,
+               reinterpret_cast<Int8Precision::Level*>(const_cast<float*>(operand.lanes) + row * operand.stride));
+  }
+
   template <class T>
   void quantise_row(const T* values, int64_t n, const Operand& operand, int64_t row) {
-    if constexpr (P::kQuantised) {
-      auto* levels = reinterpret_cast<Int8Precision::Level*>(const_cast<float*>(operand.lanes) + row * operand.stride);
-      quantise(values, n, levels, const_cast<float*>(operand.scales) + row, const_cast<float*>(operand.zeros) + row);
-    }
+    if constexpr (P::kQuantised) put_row(values, n, Levels(range_of(values, n)), operand, row);
   }
 
   const Model& model_;

@@ -197,7 +197,7 @@ void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& den
   }
 }
 
-// --- storing activations ---
+// --- storing activations, kWidth or kPanel at a time ---
 
 inline void put(float* p, Vec x) { store(p, x); }
 inline void put(BFloat16* p, Vec x) {
@@ -205,6 +205,18 @@ inline void put(BFloat16* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 #else
   store(p, x);
+#endif
+}
+inline void put(float* p, Vec low, Vec high) {
+  store(p, low);
+  store(p + kWidth, high);
+}
+inline void put(BFloat16* p, Vec low, Vec high) {
+#if defined(TRITON_ST_BF16_DOT)
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+#else
+  store(p, low);
+  store(p + kWidth, high);
 #endif
 }
 
@@ -216,47 +228,112 @@ inline float largest_lane(Vec x) {
 #endif
 }
 
-inline void put_levels(uint8_t* out, Ints x) {
-#if defined(TRITON_ST_AVX512)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x)));
-#else
-  for (int i = 0; i < kWidth; ++i) out[i] = static_cast<uint8_t>(x[i]);
-#endif
-}
+// The range of a row: its least value, or 0, without the sign, and its largest, or 0. `nothing` is 0, or NaN where the
+// row is not finite.
+struct Range {
+  float least, most, nothing;
+};
 
-inline void put_levels(int16_t* out, Ints x) {
-#if defined(TRITON_ST_AVX512)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(x)));
-#else
-  for (int i = 0; i < kWidth; ++i) out[i] = static_cast<int16_t>(x[i]);
-#endif
-}
+// A row's bytes: x ≈ (level − zero) · scale. The range always holds 0, so that padding stays exact.
+struct Levels {
+  float scale, zero, inverse;
 
-// The n values at x (a multiple of kWidth) as bytes: x ≈ (level − zero) · scale. The range always holds 0, so that
-// padding stays exact. What is not finite makes the scale NaN.
-template <class T>
-void quantise(const T* x, int64_t n, Int8Precision::Level* levels, float* scale, float* zero) {
-  Vec most{}, least{}, finite{};
+  explicit Levels(const Range& range) {
+    const float width = range.most + range.least, step = width > 1e-30f ? width / 255.f : 1e-30f;
+    inverse = 1.f / step;
+    zero = std::fmin(std::nearbyint(range.least * inverse), 255.f);  // a number, whatever the row holds
+    scale = step + range.nothing;
+  }
+};
+
+inline Range range_of(const float* x, int64_t n) {
+  Vec most{}, least{}, nothing{};
   for (int64_t i = 0; i < n; i += kWidth) {
     const Vec v = load(x + i);
     most = maximum(v, most);
     least = maximum(-v, least);
-    finite = fma(v, Vec{}, finite);
+    nothing = fma(v, Vec{}, nothing);
   }
-  const float low = largest_lane(least), range = largest_lane(most) + low;
-  const float step = range > 1e-30f ? range / 255.f : 1e-30f;
-  const float offset = std::fmin(std::nearbyint(low / step), 255.f);  // a number, whatever x holds
-  *scale = step + sum(finite);
-  *zero = offset;
-  constexpr float kMagic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const Vec inverse = splat(1.f / step), magic = splat(kMagic);
-  const Words shift = Words{} + (static_cast<uint32_t>(offset) - 0x4b400000u);
-  for (int64_t i = 0; i < n; i += kWidth) {
-    Ints level = reinterpret_cast<Ints>(reinterpret_cast<Words>(fma(load(x + i), inverse, magic)) + shift);
-    level = level < 0 ? Ints{} : level;
-    level = level > 255 ? Ints{} + 255 : level;
-    put_levels(levels + i, level);
+  return {largest_lane(least), largest_lane(most), sum(nothing)};
+}
+
+// Adding it to a number below 2^15 leaves the nearest integer in the low 16 bits.
+inline constexpr float kMagic = 0x1.8p23f;
+
+#if defined(TRITON_ST_AVX512)
+
+// kPanel numbers of 16 bits as levels.
+inline void put_levels(uint8_t* out, __m512i words) {
+  const __m512i positive = _mm512_max_epi16(words, _mm512_setzero_si512());
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtusepi16_epi8(positive));
+}
+inline void put_levels(int16_t* out, __m512i words) {
+  const __m512i positive = _mm512_max_epi16(words, _mm512_setzero_si512());
+  _mm512_storeu_si512(out, _mm512_min_epi16(positive, _mm512_set1_epi16(255)));
+}
+
+// The n values at x (a multiple of kPanel) as levels.
+inline void put_levels(const float* x, int64_t n, const Levels& levels, Int8Precision::Level* out) {
+  const Vec inverse = splat(levels.inverse), magic = splat(kMagic + levels.zero);
+  __m512i evens;  // the low halves of 2 · kWidth lanes
+  for (int i = 0; i < 32; ++i) reinterpret_cast<uint16_t*>(&evens)[i] = static_cast<uint16_t>(2 * i);
+  for (int64_t i = 0; i < n; i += kPanel) {
+    const Vec low = fma(load(x + i), inverse, magic), high = fma(load(x + i + kWidth), inverse, magic);
+    put_levels(out + i, _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(low), evens,
+                                                  reinterpret_cast<__m512i>(high)));
   }
 }
+
+#else
+
+inline void put_levels(const float* x, int64_t n, const Levels& levels, Int8Precision::Level* out) {
+  const Vec inverse = splat(levels.inverse), magic = splat(kMagic + levels.zero);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    Ints level = as_ints(fma(load(x + i), inverse, magic)) - as_ints(splat(kMagic));
+    level = level < 0 ? Ints{} : level;
+    level = level > 255 ? Ints{} + 255 : level;
+    for (int lane = 0; lane < kWidth; ++lane) out[i + lane] = static_cast<Int8Precision::Level>(level[lane]);
+  }
+}
+
+#endif
+
+#if defined(TRITON_ST_BF16_DOT)
+
+// Of numbers that are not negative the largest has the largest bits, as an integer too.
+inline float largest_positive(__m512i bits) {
+  const __m512i low = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff)), high = _mm512_srli_epi32(bits, 16);
+  const int32_t most = _mm512_reduce_max_epi32(_mm512_max_epi32(low, high)) << 16;
+  float value;
+  std::memcpy(&value, &most, sizeof value);
+  return value;
+}
+
+inline Range range_of(const BFloat16* x, int64_t n) {
+  const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
+  __m512i most = _mm512_setzero_si512(), least = most;
+  for (int64_t i = 0; i < n; i += kPanel) {
+    const __m512i bits = _mm512_loadu_si512(x + i);
+    most = _mm512_max_epi16(most, bits);
+    least = _mm512_max_epi16(least, _mm512_xor_si512(bits, sign));
+  }
+  const float high = largest_positive(most), low = largest_positive(least);
+  return {low, high, (low + high) * 0.f};
+}
+
+inline void put_levels(const BFloat16* x, int64_t n, const Levels& levels, Int8Precision::Level* out) {
+  const Vec inverse = splat(levels.inverse), magic = splat(kMagic + levels.zero);
+  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
+  for (int64_t i = 0; i < n; i += kPanel) {
+    const __m512i bits = _mm512_loadu_si512(x + i);
+    const Vec even = reinterpret_cast<Vec>(_mm512_slli_epi32(bits, 16));
+    const Vec odd = reinterpret_cast<Vec>(_mm512_and_si512(bits, high));
+    const __m512i evens = reinterpret_cast<__m512i>(fma(even, inverse, magic));
+    const __m512i odds = _mm512_slli_epi32(reinterpret_cast<__m512i>(fma(odd, inverse, magic)), 16);
+    put_levels(out + i, _mm512_mask_blend_epi16(0xaaaaaaaa, evens, odds));
+  }
+}
+
+#endif
 
 }  // namespace triton_st
