@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "mask.h"
 #include "sequences.h"
 #include "tensor.h"
 
@@ -137,88 +138,9 @@ void write_mean_of_partials(T* out, const float* first, const float* others, int
   write_mean(out, total, count, d);
 }
 
-// --- masks ---
+// --- padded sequences ---
 
-bool is_integer(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Bool:
-    case ScalarType::Byte:
-    case ScalarType::Char:
-    case ScalarType::Short:
-    case ScalarType::Int:
-    case ScalarType::Long:
-    case ScalarType::UInt16:
-    case ScalarType::UInt32:
-    case ScalarType::UInt64:
-      return true;
-    default:
-      return false;
-  }
-}
-
-// attention_mask [B, L] of any integer type.
-struct Mask {
-  explicit Mask(const Tensor& x)
-      : data(static_cast<const char*>(x.const_data_ptr())),
-        bytes(static_cast<int64_t>(x.element_size())),
-        batch(x.size(0)),
-        length(x.size(1)),
-        batch_stride(x.stride(0) * bytes),
-        stride(x.stride(1) * bytes) {}
-
-  // Calls f(first, count) for every run of positions in [begin, end) of sequence b that are not masked, positions
-  // counted from begin; returns how many they are.
-  template <class F>
-  int64_t runs(int64_t b, int64_t begin, int64_t end, F&& f) const {
-    const char* p = data + b * batch_stride + begin * stride;
-    const int64_t n = end - begin;
-    switch (bytes) {
-      case 1:
-        return runs_of(reinterpret_cast<const uint8_t*>(p), n, f);
-      case 2:
-        return runs_of(reinterpret_cast<const uint16_t*>(p), n, f);
-      case 4:
-        return runs_of(reinterpret_cast<const uint32_t*>(p), n, f);
-      default:
-        return runs_of(reinterpret_cast<const uint64_t*>(p), n, f);
-    }
-  }
-
-  int64_t pieces() const { return std::max<int64_t>(ceil_div(length, kPiece), 1); }
-
-  const char* data;
-  int64_t bytes, batch, length, batch_stride, stride;
-
- private:
-  template <class M, class F>
-  int64_t runs_of(const M* values, int64_t length, F& f) const {
-    const int64_t step = stride / static_cast<int64_t>(sizeof(M));
-    auto count = [&](int64_t first, int64_t last) {
-      int64_t n = 0;
-      if (step == 1) {
-        for (int64_t i = first; i < last; ++i) n += values[i] != 0;
-      } else {
-        for (int64_t i = first; i < last; ++i) n += values[i * step] != 0;
-      }
-      return n;
-    };
-    // Counting is a tenth of the time of looking for runs, and shows the usual case: padding at one end.
-    const int64_t n = count(0, length);
-    if (n == 0) return 0;
-    for (const int64_t first : {int64_t{0}, length - n}) {
-      if (count(first, first + n) == n) {
-        f(first, n);
-        return n;
-      }
-    }
-    for (int64_t i = 0; i < length; ++i) {
-      const int64_t first = i;
-      while (i < length && values[i * step] != 0) ++i;
-      if (i > first) f(first, i - first);
-    }
-    return n;
-  }
-};
+int64_t pieces_of(int64_t length) { return std::max<int64_t>(ceil_div(length, kPiece), 1); }
 
 // The two forward operators refuse here all that they cannot take: Python looks only to name what was refused.
 
@@ -235,7 +157,7 @@ Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
     const T* input = static_cast<const T*>(hidden.const_data_ptr());
     T* output = data<T>(out);
     const int64_t batch_stride = hidden.stride(0), stride = hidden.stride(1);
-    const int64_t padded = round_up(d, kWidth), pieces = mask.pieces();
+    const int64_t padded = round_up(d, kWidth), pieces = pieces_of(mask.length);
     const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T));
     const int64_t piece_bytes = std::min(mask.length, kPiece) * row_bytes + 1;
     Buffer partials(pieces > 1 ? b_count * pieces * padded : 0);
@@ -250,10 +172,11 @@ Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
       runs.clear();
       ends.clear();
       for (int64_t piece = first; piece < last; ++piece) {
-        const int64_t b = piece / pieces, begin = piece % pieces * kPiece;
+        const int64_t b = piece / pieces, begin = piece % pieces * kPiece, end = std::min(begin + kPiece, mask.length);
         const T* origin = input + b * batch_stride + begin * stride;
-        counts[piece] = mask.runs(b, begin, std::min(begin + kPiece, mask.length),
-                                  [&](int64_t run, int64_t n) { runs.push_back({origin + run * stride, n}); });
+        counts[piece] = mask.count(b, begin, end);
+        mask.runs(b, begin, end, counts[piece],
+                  [&](int64_t run, int64_t n) { runs.push_back({origin + run * stride, n}); });
         ends.push_back(static_cast<int64_t>(runs.size()));
       }
       for (int64_t piece = first, run = 0; piece < last; ++piece) {
@@ -341,45 +264,87 @@ Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
 
 // --- gradients: every kept token of a sequence gets gradient / count ---
 
-// A row repeated so that a whole cache line of it can be read at every offset below its period. Writing whole lines,
-// not rows, is what keeps narrow rows as fast as wide ones. (Non-temporal stores were measured and are no faster:
-// memory that is new to the process has just been cleared by the system and is in the caches.)
+constexpr int64_t kMapped = 32 << 20;  // malloc maps larger memory anew each time
+
+// A new tensor of grad's dtype; if it is large, it begins with a huge page and has no smaller ones. Those that its ends
+// would else need take a quarter of the time of writing 50 MB. What is left unused before and after it is not mapped.
+Tensor new_gradient(const Tensor& grad, std::initializer_list<int64_t> sizes) {
+  constexpr int64_t kHugePage = 2 << 20;
+  const int64_t element_size = static_cast<int64_t>(grad.element_size());
+  int64_t strides[3], elements = 1;
+  for (size_t i = sizes.size(); i-- > 0; elements *= sizes.begin()[i]) strides[i] = elements;
+  if (elements * element_size < kMapped) return empty(sizes, grad.scalar_type());
+  const int64_t bytes = round_up(elements * element_size, kHugePage);
+  const Tensor memory = empty({(bytes + kHugePage) / element_size}, grad.scalar_type());
+  char* const begin = data<char>(memory);
+  const int64_t skipped = -reinterpret_cast<uintptr_t>(begin) % kHugePage;
+  prefer_huge_pages(begin + skipped, bytes);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), static_cast<int64_t>(sizes.size()),
+                                                               sizes.begin(), strides, skipped / element_size,
+                                                               &handle));
+  return Tensor(handle);
+}
+
+// A row repeated so that a block of it can be read at every offset below the row's size. Blocks begin with a cache line
+// of the output, which is what keeps narrow rows as fast as wide ones. (Non-temporal stores were measured and are slower
+// wherever the output fits the caches, and no faster elsewhere: memory that is new to the process has just been cleared
+// by the system and is in the caches.)
 template <class T>
 class Share {
  public:
-  // The row is grad / max(count, 1), of d elements. Lives in memory of this thread until the next one is made.
-  Share(const T* grad, int64_t count, int64_t d) : period_(d * static_cast<int64_t>(sizeof(T))) {
-    const int64_t bytes = period_;
-    memory_ = reinterpret_cast<char*>(scratch.reserve(ceil_div(2 * kLine + 2 * bytes, 4)));
+  // The row is grad / max(count, 1), of d elements; at most `most` bytes are written at a time. Lives in memory of this
+  // thread until the next one is made.
+  Share(const T* grad, int64_t count, int64_t d, int64_t most) : row_bytes_(d * static_cast<int64_t>(sizeof(T))) {
+    const int64_t bytes = row_bytes_ + std::min(kBlock, most);
+    memory_ = reinterpret_cast<char*>(scratch.reserve(ceil_div(bytes, 4)));
     T* row = reinterpret_cast<T*>(memory_);
     const Vec divisor = splat(static_cast<float>(std::max<int64_t>(count, 1)));
     int64_t i = 0;
     for (; i + kWidth <= d; i += kWidth) store(row + i, load(grad + i) / divisor);
     if (i < d) store(row + i, load(grad + i, static_cast<int>(d - i)) / divisor, static_cast<int>(d - i));
-    while (period_ < kLine) period_ += bytes;
-    for (int64_t done = bytes, more; done < period_ + kLine; done += more) {
-      more = std::min(done, period_ + kLine - done);
+    for (int64_t done = row_bytes_, more; done < bytes; done += more) {
+      more = std::min(done, bytes - done);
       std::memcpy(memory_ + done, memory_, more);
     }
   }
 
-  // Writes `count` bytes of the repeated row to p, whole cache lines but for the ends.
+  // Writes `count` bytes of the repeated row to p. What is long is copied from its own beginning: large copies are the
+  // processor's own to make, and it makes them without reading first what they overwrite.
   void write(char* p, int64_t count) const {
-    const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(p) % kLine, count);
-    std::memcpy(p, memory_, head);
-    int64_t offset = head;
-    for (p += head, count -= head; count >= kLine; count -= kLine, p += kLine) {
-      std::memcpy(p, memory_ + offset, kLine);
-      offset += kLine;
-      offset = offset >= period_ ? offset - period_ : offset;
+    if (count < 2 * kFirst) return write_blocks(p, count);
+    int64_t done = round_up(kFirst, row_bytes_);
+    if (done >= count) return write_blocks(p, count);
+    write_blocks(p, done);
+    for (const int64_t most = 2 * done; done < count;) {
+      const int64_t more = std::min({done, count - done, most});
+      std::memcpy(p + done, p, more);
+      done += more;
     }
-    std::memcpy(p, memory_ + offset, count);
   }
 
  private:
   static constexpr int64_t kLine = 64;
+  static constexpr int64_t kBlock = 1 << 10;
+  static constexpr int64_t kFirst = 16 << 10;
+
+  void write_blocks(char* p, int64_t count) const {
+    const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(p) % kLine, count);
+    std::memcpy(p, memory_, head);
+    const int64_t step = kBlock % row_bytes_;
+    int64_t offset = head % row_bytes_;
+    for (p += head, count -= head; count >= kBlock; count -= kBlock, p += kBlock) {
+      const char* from = memory_ + offset;
+#pragma GCC unroll 16
+      for (int64_t line = 0; line < kBlock; line += kLine) std::memcpy(p + line, from + line, kLine);
+      offset += step;
+      offset = offset >= row_bytes_ ? offset - row_bytes_ : offset;
+    }
+    std::memcpy(p, memory_ + offset, count);
+  }
+
   char* memory_;
-  int64_t period_;
+  int64_t row_bytes_;
 };
 
 Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_mask) {
@@ -387,25 +352,25 @@ Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_
   const Mask mask(attention_mask);
   const int64_t b_count = mask.batch, length = mask.length, d = grad.size(1);
   STD_TORCH_CHECK(grad.size(0) == b_count, "attention_mask does not fit grad");
-  Tensor out = empty({b_count, length, d}, grad.scalar_type());
+  Tensor out = new_gradient(grad, {b_count, length, d});
   if (out.numel() == 0) return out;
   dispatch(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> gradient = matrix<T>(grad);
     char* output = reinterpret_cast<char*>(data<T>(out));
-    const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T)), pieces = mask.pieces();
-    auto count_of = [&](int64_t b) { return mask.runs(b, 0, length, [](int64_t, int64_t) {}); };
+    const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T)), pieces = pieces_of(mask.length);
     std::vector<int64_t> counts(pieces > 1 ? b_count : 0);
-    if (pieces > 1) parallel(b_count, b_count * length / 2, [&](int64_t b) { counts[b] = count_of(b); });
+    if (pieces > 1) parallel(b_count, b_count * length / 2, [&](int64_t b) { counts[b] = mask.count(b, 0, length); });
     const int64_t piece_bytes = std::min(length, kPiece) * row_bytes;
     const int64_t group = std::max<int64_t>(kUnitBytes / piece_bytes, 1), total = b_count * pieces;
     parallel_stretches(ceil_div(total, group), total * piece_bytes / kBytesPerNanosecond, [&](int64_t unit) {
       for (int64_t piece = unit * group; piece < std::min((unit + 1) * group, total); ++piece) {
         const int64_t b = piece / pieces, begin = piece % pieces * kPiece, end = std::min(begin + kPiece, length);
-        const Share<T> share(gradient.row(b), pieces > 1 ? counts[b] : count_of(b), d);
+        const int64_t kept = mask.count(b, begin, end);
+        const Share<T> share(gradient.row(b), pieces > 1 ? counts[b] : kept, d, kept * row_bytes);
         char* p = output + (b * length + begin) * row_bytes;
         int64_t done = 0;
-        mask.runs(b, begin, end, [&](int64_t run, int64_t n) {
+        mask.runs(b, begin, end, kept, [&](int64_t run, int64_t n) {
           std::memset(p + done * row_bytes, 0, (run - done) * row_bytes);
           share.write(p + run * row_bytes, n * row_bytes);
           done = run + n;
@@ -422,7 +387,7 @@ Tensor packed_mean_pool_backward(const Tensor& grad_in, const Tensor& cu_seqlens
   const Sequences sequences(cu_seqlens, tokens);
   const int64_t d = grad.size(1);
   STD_TORCH_CHECK(grad.size(0) == sequences.count(), "cu_seqlens does not fit grad");
-  Tensor out = empty({tokens, d}, grad.scalar_type());
+  Tensor out = new_gradient(grad, {tokens, d});
   if (out.numel() == 0) return out;
   dispatch(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -436,7 +401,7 @@ Tensor packed_mean_pool_backward(const Tensor& grad_in, const Tensor& cu_seqlens
            s < sequences.count() && sequences.start(s) < before; ++s) {
         const int64_t begin = std::max(sequences.start(s), from), end = std::min(sequences.start(s + 1), before);
         if (begin >= end) continue;
-        const Share<T> share(gradient.row(s), sequences.length(s), d);
+        const Share<T> share(gradient.row(s), sequences.length(s), d, (end - begin) * row_bytes);
         share.write(output + begin * row_bytes, (end - begin) * row_bytes);
       }
     });

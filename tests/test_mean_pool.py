@@ -204,6 +204,28 @@ def test_gradients_larger_than_the_caches(dim: int) -> None:
         assert torch.equal(tokens, reference.packed_mean_pool_backward(grad, cu_seqlens, sum(lengths)))
         grid = torch.ops.triton_st.masked_mean_pool_backward(grad, mask)
         assert torch.equal(grid, reference.masked_mean_pool_backward(grad, mask))
+    for each in (tokens, grid):  # memory of its own, larger than it, to begin with a huge page
+        assert each.is_contiguous()
+        assert each.data_ptr() % (2 << 20) == 0
+        assert each.storage_offset() * each.element_size() + each.nbytes <= each.untyped_storage().nbytes()
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", [3, 1023, 9001])
+def test_gradients_of_long_runs(dim: int, dtype: torch.dtype) -> None:
+    """Runs of more than 32 KiB are copied from their own beginning, whatever part of them one row is."""
+    longest = max(100, 40_000 // dim)
+    lengths = [longest, longest // 2, 1]
+    grad = torch.randn(3, dim).to(dtype)
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths).unsqueeze(1)
+    with backend.use("cpp"):
+        packed_grad = torch.ops.triton_st.packed_mean_pool_backward(
+            grad, torch.tensor([0, *itertools.accumulate(lengths)]), sum(lengths)
+        )
+        grid = torch.ops.triton_st.masked_mean_pool_backward(grad, mask)
+    share = (grad.float() / torch.tensor(lengths).unsqueeze(1)).to(dtype)
+    assert torch.equal(packed_grad, share.repeat_interleave(torch.tensor(lengths), 0))
+    assert torch.equal(grid, share.unsqueeze(1) * mask.unsqueeze(-1))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
