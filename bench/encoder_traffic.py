@@ -192,7 +192,7 @@ def ours(shape: Shape) -> tuple[float, float]:
         grad_middle, projected, hidden, f["g1"], norm[1], norm[2], f["bo"], seed, DROPOUT, 1,
     )  # fmt: skip
     grad_attended = linear_backward(grad_projected, attended, p["wo"])
-    grad_qkv = run(kernels.packed_attention_backward, grad_attended, qkv, attended, logsumexp, *attention)
+    grad_qkv, _ = run(kernels.packed_attention_backward, grad_attended, qkv, attended, logsumexp, *attention)
     grad_input = linear_backward(grad_qkv.view(rows, 3 * d), hidden, p["wqkv"])
     with count:
         grad_qkv.view(rows, 3 * d).sum(0)

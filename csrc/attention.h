@@ -3,7 +3,7 @@
 // neither the pair's neighbours nor the thread.
 //
 //   attend(head, dropout, out, out_stride, logsumexp)
-//   attend_backward(head, dropout, grad, out, out_stride, logsumexp, grad_q, grad_k, grad_v, grad_stride)
+//   attend_backward(head, dropout, grad, out, out_stride, logsumexp, grad_q, grad_k, grad_v, grad_stride, grad_bias)
 //
 // Queries stand across lanes where scores are made, so that maxima and sums over keys are vertical and a sequence of 25
 // fills 25 of 32 lanes whatever the head's size; the head's elements stand across lanes where rows are made, so that
@@ -27,11 +27,13 @@ namespace triton_st {
 
 inline constexpr int64_t kBlock = 64;
 
-// One head of one sequence: `length` rows of `d` elements, `stride` elements apart.
+// One head of one sequence: `length` rows of `d` elements, `stride` elements apart. The score of key j and query i has
+// bias[j − i] added to it; `bias` may be null.
 template <class T>
 struct Head {
   const T *q, *k, *v;
   int64_t stride, length, d;
+  const float* bias = nullptr;
 };
 
 // What attention drops. Weight (i, j) is element (row + i) · round_up(max_seqlen, 4) + j, where row = h · T + the
@@ -193,6 +195,42 @@ inline Buffer& attention_scratch() {
   return scratch;
 }
 
+// --- bias by relative position ---
+
+// One number for each distance of two tokens, by query − key, so that those of one key lie as its queries do.
+class ByDistance {
+ public:
+  ByDistance(float* memory, int64_t length) : middle_(memory + length - 1), length_(length) {}
+  // Queries come in whole vectors, so that some distances are past the last.
+  static int64_t floats(int64_t length) { return 2 * length + kWidth; }
+
+  // bias[key − query]
+  void read(const float* bias) const {
+    clear();
+    for (int64_t distance = 1 - length_; distance < length_; ++distance) middle_[distance] = bias[-distance];
+  }
+  void clear() const { std::fill_n(middle_ - (length_ - 1), floats(length_), 0.f); }
+  void write(float* out) const { std::copy_n(middle_ - (length_ - 1), 2 * length_ - 1, out); }
+
+  // To, or from, scores [keys, columns] of these queries and keys.
+  void add_to(float* scores, int64_t query, int64_t key, int64_t keys, int64_t columns) const {
+    for (int64_t j = 0; j < keys; ++j, scores += columns) {
+      const float* row = middle_ + query - key - j;
+      for (int64_t i = 0; i < columns; i += kWidth) store(scores + i, load(scores + i) + load(row + i));
+    }
+  }
+  void add_from(const float* scores, int64_t query, int64_t key, int64_t keys, int64_t columns) const {
+    for (int64_t j = 0; j < keys; ++j, scores += columns) {
+      float* row = middle_ + query - key - j;
+      for (int64_t i = 0; i < columns; i += kWidth) store(row + i, load(row + i) + load(scores + i));
+    }
+  }
+
+ private:
+  float* middle_;
+  int64_t length_;
+};
+
 // --- forward ---
 
 // Scores [keys, columns] become the weights that values are multiplied by; `most` and `total`, over the keys so far,
@@ -232,18 +270,20 @@ inline void exponentiate(float* scores, int64_t keys, int64_t columns, int64_t q
   }
 }
 
-// out [length, d], rows `out_stride` elements apart = dropout(softmax(q kᵀ / √d)) v; logsumexp [length]: that of each
-// row's scaled scores.
+// out [length, d], rows `out_stride` elements apart = dropout(softmax(q kᵀ / √d + bias)) v; logsumexp [length]: that of
+// each row's scores.
 template <class T>
 void attend(const Head<T>& head, const WeightDropout& dropout, T* out, int64_t out_stride, float* logsumexp) {
   const int64_t length = head.length, d = head.d, width = round_up(d, kWidth);
   const int64_t most_columns = std::min(kBlock, round_up(length, kWidth));
   Parts parts(attention_scratch().reserve(2 * length * width + 3 * most_columns * width +
-                                          most_columns * (kBlock + 3)));
+                                          most_columns * (kBlock + 3) + ByDistance::floats(length) + kWidth));
   float *k = parts.take(length * width), *v = parts.take(length * width);
   float *q = parts.take(most_columns * width), *q_columns = parts.take(most_columns * width);
   float *result = parts.take(most_columns * width), *scores = parts.take(most_columns * kBlock);
   float *most = parts.take(most_columns), *total = parts.take(most_columns), *shrink = parts.take(most_columns);
+  const ByDistance bias(parts.take(ByDistance::floats(length)), length);
+  if (head.bias) bias.read(head.bias);
   widen_rows(head.k, head.stride, length, d, 1.f, k, width);
   widen_rows(head.v, head.stride, length, d, 1.f, v, width);
   const float scale = 1 / std::sqrt(static_cast<float>(d));
@@ -255,6 +295,7 @@ void attend(const Head<T>& head, const WeightDropout& dropout, T* out, int64_t o
       const int64_t keys = std::min(kBlock, length - key);
       small_product<false>(keys, columns / kWidth, d, k + key * width, width, q_columns, columns, scores, columns,
                            false);
+      if (head.bias) bias.add_to(scores, query, key, keys, columns);
       exponentiate(scores, keys, columns, query, key, dropout, most, total, shrink);
       for (int64_t i = 0; key > 0 && i < queries; ++i) {
         for (int64_t e = i * width; e < (i + 1) * width; e += kWidth) store(result + e, load(result + e) * shrink[i]);
@@ -324,14 +365,16 @@ inline void score_gradients(float* scores, float* grad_weights, int64_t keys, in
 }
 
 // Gradients of q, k and v, rows `grad_stride` elements apart, from `grad` and `out`, rows `out_stride` apart. `out` is
-// read for sequences of more than kBlock tokens alone.
+// read for sequences of more than kBlock tokens alone. grad_bias [2 · length − 1], where there is a bias: its gradient,
+// by query − key from 1 − length on.
 template <class T>
 void attend_backward(const Head<T>& head, const WeightDropout& dropout, const T* grad, const T* out, int64_t out_stride,
-                     const float* logsumexp, T* grad_q, T* grad_k, T* grad_v, int64_t grad_stride) {
+                     const float* logsumexp, T* grad_q, T* grad_k, T* grad_v, int64_t grad_stride, float* grad_bias) {
   const int64_t length = head.length, d = head.d, width = round_up(d, kWidth), vectors = width / kWidth;
   const int64_t most_columns = std::min(kBlock, round_up(length, kWidth));
   Parts parts(attention_scratch().reserve(4 * length * width + 5 * most_columns * width +
-                                          2 * most_columns * (kBlock + 1)));
+                                          2 * most_columns * (kBlock + 1) +
+                                          2 * (ByDistance::floats(length) + kWidth)));
   float *k = parts.take(length * width), *v = parts.take(length * width);
   float *k_sum = parts.take(length * width), *v_sum = parts.take(length * width);
   float *q = parts.take(most_columns * width), *q_columns = parts.take(most_columns * width);
@@ -339,6 +382,9 @@ void attend_backward(const Head<T>& head, const WeightDropout& dropout, const T*
   float *q_sum = parts.take(most_columns * width);
   float *scores = parts.take(most_columns * kBlock), *grad_weights = parts.take(most_columns * kBlock);
   float *offsets = parts.take(most_columns), *deltas = parts.take(most_columns);
+  const ByDistance bias(parts.take(ByDistance::floats(length)), length);
+  const ByDistance bias_sums(parts.take(ByDistance::floats(length)), length);
+  if (head.bias) bias.read(head.bias), bias_sums.clear();
   widen_rows(head.k, head.stride, length, d, 1.f, k, width);
   widen_rows(head.v, head.stride, length, d, 1.f, v, width);
   const float scale = 1 / std::sqrt(static_cast<float>(d));
@@ -362,9 +408,11 @@ void attend_backward(const Head<T>& head, const WeightDropout& dropout, const T*
       const int64_t keys = std::min(kBlock, length - key);
       small_product<false>(keys, columns / kWidth, d, k + key * width, width, q_columns, columns, scores, columns,
                            false);
+      if (head.bias) bias.add_to(scores, query, key, keys, columns);
       small_product<false>(keys, columns / kWidth, d, v + key * width, width, grad_columns, columns, grad_weights,
                            columns, false);
       score_gradients(scores, grad_weights, keys, columns, query, key, dropout, offsets, one_block ? nullptr : deltas);
+      if (head.bias) bias_sums.add_from(grad_weights, query, key, keys, columns);
       small_product<false>(keys, vectors, queries, scores, columns, grad_rows, width, v_sum + key * width, width,
                            query > 0);
       small_product<false>(keys, vectors, queries, grad_weights, columns, q, width, k_sum + key * width, width,
@@ -375,6 +423,7 @@ void attend_backward(const Head<T>& head, const WeightDropout& dropout, const T*
   }
   narrow_rows(k_sum, width, length, d, 1.f, grad_k, grad_stride);
   narrow_rows(v_sum, width, length, d, 1.f, grad_v, grad_stride);
+  if (head.bias) bias_sums.write(grad_bias);
 }
 
 }  // namespace triton_st

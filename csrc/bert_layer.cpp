@@ -29,6 +29,7 @@ struct Forward {
   float eps;
   const Parameters& parameters;
   const LayerDropout& dropout;
+  const RelativeBias& bias;
   const PackedWeight<C>&qkv_weight, &projection_weight, &up_weight, &down_weight;
   Kept<T, float> kept;  // null pointers where nothing is kept
   T* output;
@@ -44,7 +45,7 @@ struct Forward {
       for (int64_t h = 0; h < sizes.heads && length > 0; ++h) {
         const int64_t row = h * sizes.tokens + start, offset = start - chunk.begin;
         const T* q = qkv + offset * 3 * d + h * size;
-        attend<T>({q, q + d, q + 2 * d, 3 * d, length, size}, weight_dropout.from_row(row),
+        attend<T>({q, q + d, q + 2 * d, 3 * d, length, size, bias.of(h)}, weight_dropout.from_row(row),
                   attended + offset * d + h * size, d,
                   kept.logsumexp ? kept.logsumexp + row : scratch.logsumexp.reserve(length));
       }
@@ -137,7 +138,8 @@ Result bert_layer_forward(const Tensor& hidden_in, const Tensor& cu_seqlens, con
                           const Tensor& up_weight, const Tensor& up_bias, const Tensor& down_weight,
                           const Tensor& down_bias, const Tensor& norm2_weight, const Tensor& norm2_bias,
                           int64_t max_seqlen, int64_t heads, double eps, double attention_dropout_p,
-                          double projection_dropout_p, double hidden_dropout_p, int64_t stream, bool keep) {
+                          double projection_dropout_p, double hidden_dropout_p, int64_t stream, bool keep,
+                          const std::optional<Tensor>& relative_bias) {
   std::vector<Tensor> dense;  // keeps copies alive
   Parameters parameters;
   for (const Tensor* x : {&qkv_weight, &qkv_bias, &projection_weight, &projection_bias, &norm1_weight, &norm1_bias,
@@ -149,6 +151,7 @@ Result bert_layer_forward(const Tensor& hidden_in, const Tensor& cu_seqlens, con
   const LayerSizes sizes{hidden.size(0), hidden.size(1), up_weight.size(0), heads};
   const Sequences sequences(cu_seqlens, sizes.tokens);
   STD_TORCH_CHECK(sequences.longest() <= max_seqlen, "max_seqlen is smaller than a sequence");
+  const RelativeBias bias(relative_bias, heads, sequences);
   const LayerDropout dropout(seed, attention_dropout_p, projection_dropout_p, hidden_dropout_p, stream);
   const ScalarType dtype = hidden.scalar_type(), wide = ScalarType::Float;
   const int64_t t = keep ? sizes.tokens : 0, d = sizes.hidden, inner = sizes.inner;
@@ -171,8 +174,8 @@ Result bert_layer_forward(const Tensor& hidden_in, const Tensor& cu_seqlens, con
               data<T>(pre),       data<T>(norm2),         data<float>(rstd2)};
     }
     const Forward<T> forward{sizes,      matrix<T>(hidden), sequences, max_seqlen, static_cast<float>(eps),
-                             parameters, dropout,           qkv_packed, projection, up,
-                             down,       kept,              data<T>(out)};
+                             parameters, dropout,           bias,      qkv_packed, projection,
+                             up,         down,              kept,      data<T>(out)};
     const std::vector<Chunk> chunks = chunks_of(sequences);
     parallel(static_cast<int64_t>(chunks.size()), sizes.cost(1), [&](int64_t c) { forward.run(chunks[c]); });
   });
@@ -187,7 +190,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(triton_st_cpp, m) {
       " Tensor projection_weight, Tensor projection_bias, Tensor norm1_weight, Tensor norm1_bias, Tensor up_weight,"
       " Tensor up_bias, Tensor down_weight, Tensor down_bias, Tensor norm2_weight, Tensor norm2_bias,"
       " SymInt max_seqlen, int heads, float eps, float attention_dropout_p, float projection_dropout_p,"
-      " float hidden_dropout_p, int stream, bool keep)"
+      " float hidden_dropout_p, int stream, bool keep, Tensor? relative_bias)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -9,6 +9,7 @@
 #include "layer_norm.h"
 #include "linear.h"
 #include "philox.h"
+#include "relative_bias.h"
 #include "sequences.h"
 #include "tensor.h"
 #include "vector.h"

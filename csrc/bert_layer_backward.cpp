@@ -34,6 +34,8 @@ struct Backward {
   int64_t max_seqlen;
   const Parameters& parameters;
   const LayerDropout& dropout;
+  const RelativeBias& bias;
+  const RelativeBiasSums& bias_sums;
   const PackedWeight<C>&qkv_weight, &projection_weight, &up_weight, &down_weight;
   Kept<const T, const float> kept;
   T* d_input;
@@ -61,9 +63,9 @@ struct Backward {
         const float* q = qkv + h * size;
         float* d_q = d_qkv.row(start - chunk.begin) + h * size;
         const int64_t row = h * sizes.tokens + start;
-        attend_backward<float>({q, q + d, q + 2 * d, 3 * d, length, size}, weight_dropout.from_row(row),
+        attend_backward<float>({q, q + d, q + 2 * d, 3 * d, length, size, bias.of(h)}, weight_dropout.from_row(row),
                                d_attended.row(start - chunk.begin) + h * size, attended + h * size, d,
-                               kept.logsumexp + row, d_q, d_q + d, d_q + 2 * d, d_qkv.stride);
+                               kept.logsumexp + row, d_q, d_q + d, d_q + 2 * d, d_qkv.stride, bias_sums.of(s, h));
       }
     }
     for_row_blocks(count, [&](int64_t row, int64_t rows) {
@@ -302,7 +304,7 @@ void run_wide(Backward<T>& backward, const std::vector<Chunk>& chunks, float* su
 }
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                          Tensor, Tensor>;
+                          Tensor, Tensor, Tensor>;
 
 Result bert_layer_backward(const Tensor& grad_in, const Tensor& hidden_in, const Tensor& qkv, const Tensor& logsumexp,
                            const Tensor& attended, const Tensor& norm1, const Tensor& rstd1, const Tensor& pre,
@@ -311,7 +313,8 @@ Result bert_layer_backward(const Tensor& grad_in, const Tensor& hidden_in, const
                            const Tensor& projection_weight, const Tensor& norm1_weight, const Tensor& norm1_bias,
                            const Tensor& up_weight, const Tensor& down_weight, const Tensor& norm2_weight,
                            int64_t max_seqlen, double attention_dropout_p, double projection_dropout_p,
-                           double hidden_dropout_p, int64_t stream) {
+                           double hidden_dropout_p, int64_t stream,
+                           const std::optional<Tensor>& relative_bias) {
   std::vector<Tensor> dense;  // keeps copies alive
   Parameters parameters{};
   const auto add = [&](Parameter p, const Tensor& x) {
@@ -325,6 +328,8 @@ Result bert_layer_backward(const Tensor& grad_in, const Tensor& hidden_in, const
   const LayerSizes sizes{hidden.size(0), hidden.size(1), up_weight.size(0), qkv.size(2)};
   const Sequences sequences(cu_seqlens, sizes.tokens);
   STD_TORCH_CHECK(sequences.longest() <= max_seqlen, "max_seqlen is smaller than a sequence");
+  const RelativeBias bias(relative_bias, sizes.heads, sequences);
+  const RelativeBiasSums bias_sums(bias, sizes.heads, sequences);
   const LayerDropout dropout(seed, attention_dropout_p, projection_dropout_p, hidden_dropout_p, stream);
   const int64_t d = sizes.hidden, inner = sizes.inner;
   auto vector = [](int64_t n) { return empty({n}, ScalarType::Float); };
@@ -363,6 +368,8 @@ Result bert_layer_backward(const Tensor& grad_in, const Tensor& hidden_in, const
                          max_seqlen,
                          parameters,
                          dropout,
+                         bias,
+                         bias_sums,
                          qkv_packed,
                          projection,
                          up,
@@ -398,7 +405,7 @@ Result bert_layer_backward(const Tensor& grad_in, const Tensor& hidden_in, const
       }
     }
   });
-  return std::apply([&](const auto&... each) { return Result{d_input, each...}; }, grads);
+  return std::apply([&](const auto&... each) { return Result{d_input, each..., bias_sums.finish()}; }, grads);
 }
 
 }  // namespace
@@ -409,8 +416,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(triton_st_cpp, m) {
       " Tensor rstd1, Tensor pre, Tensor norm2, Tensor rstd2, Tensor cu_seqlens, Tensor? seed, Tensor qkv_weight,"
       " Tensor projection_weight, Tensor norm1_weight, Tensor norm1_bias, Tensor up_weight, Tensor down_weight,"
       " Tensor norm2_weight, SymInt max_seqlen, float attention_dropout_p, float projection_dropout_p,"
-      " float hidden_dropout_p, int stream)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " float hidden_dropout_p, int stream, Tensor? relative_bias)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
+      " Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(triton_st_cpp, CPU, m) { m.impl("bert_layer_backward", TORCH_BOX(&bert_layer_backward)); }

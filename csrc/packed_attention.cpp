@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "attention.h"
+#include "relative_bias.h"
 #include "sequences.h"
 
 namespace triton_st {
@@ -67,10 +68,11 @@ struct Layout {
   }
 
   template <class T>
-  Head<T> head(const Tensor& qkv, int64_t sequence, int64_t index) const {
+  Head<T> head(const Tensor& qkv, const RelativeBias& bias, int64_t sequence, int64_t index) const {
     const T* q = static_cast<const T*>(qkv.const_data_ptr()) + sequences.start(sequence) * qkv.stride(0) +
                  index * qkv.stride(2);
-    return {q, q + qkv.stride(1), q + 2 * qkv.stride(1), qkv.stride(0), sequences.length(sequence), d};
+    return {q, q + qkv.stride(1), q + 2 * qkv.stride(1), qkv.stride(0), sequences.length(sequence), d,
+            bias.of(index)};
   }
 
   Sequences sequences;
@@ -79,9 +81,11 @@ struct Layout {
 
 std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& qkv_in, const Tensor& cu_seqlens,
                                                     const std::optional<Tensor>& seed, int64_t max_seqlen,
-                                                    double dropout_p, int64_t stream) {
+                                                    double dropout_p, int64_t stream,
+                                                    const std::optional<Tensor>& relative_bias) {
   const Tensor qkv = dense_rows(qkv_in);
   const Layout layout(qkv, cu_seqlens, max_seqlen);
+  const RelativeBias bias(relative_bias, layout.heads, layout.sequences);
   const Dropout dropout = dropout_of(seed, dropout_p, stream);
   const WeightDropout weight_dropout(dropout, max_seqlen);
   const int64_t columns = layout.heads * layout.d;
@@ -93,20 +97,23 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& qkv_in, const 
     float* sums = data<float>(logsumexp);
     layout.for_each(2, {TokenRows(qkv)}, [&](int64_t sequence, int64_t head) {
       const int64_t start = layout.sequences.start(sequence), row = head * layout.tokens + start;
-      attend(layout.head<T>(qkv, sequence, head), weight_dropout.from_row(row),
+      attend(layout.head<T>(qkv, bias, sequence, head), weight_dropout.from_row(row),
              results + start * columns + head * layout.d, columns, sums + row);
     });
   });
   return {out, logsumexp};
 }
 
-Tensor packed_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in,
-                                 const Tensor& logsumexp_in, const Tensor& cu_seqlens,
-                                 const std::optional<Tensor>& seed, int64_t max_seqlen, double dropout_p,
-                                 int64_t stream) {
+std::tuple<Tensor, Tensor> packed_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in,
+                                                     const Tensor& logsumexp_in, const Tensor& cu_seqlens,
+                                                     const std::optional<Tensor>& seed, int64_t max_seqlen,
+                                                     double dropout_p, int64_t stream,
+                                                     const std::optional<Tensor>& relative_bias) {
   const Tensor qkv = dense_rows(qkv_in), grad = torch::stable::contiguous(grad_in);
   const Tensor out = torch::stable::contiguous(out_in), logsumexp = torch::stable::contiguous(logsumexp_in);
   const Layout layout(qkv, cu_seqlens, max_seqlen);
+  const RelativeBias bias(relative_bias, layout.heads, layout.sequences);
+  const RelativeBiasSums bias_sums(bias, layout.heads, layout.sequences);
   const int64_t columns = layout.heads * layout.d;
   STD_TORCH_CHECK(grad.numel() == layout.tokens * columns && out.numel() == grad.numel() &&
                       logsumexp.numel() == layout.heads * layout.tokens,
@@ -127,11 +134,12 @@ Tensor packed_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, co
       const int64_t start = layout.sequences.start(sequence), row = head * layout.tokens + start;
       const int64_t at = start * columns + head * layout.d;
       T* grad_q = written + start * 3 * columns + head * layout.d;
-      attend_backward(layout.head<T>(qkv, sequence, head), weight_dropout.from_row(row), grads + at, results + at,
-                      columns, sums + row, grad_q, grad_q + columns, grad_q + 2 * columns, 3 * columns);
+      attend_backward(layout.head<T>(qkv, bias, sequence, head), weight_dropout.from_row(row), grads + at, results + at,
+                      columns, sums + row, grad_q, grad_q + columns, grad_q + 2 * columns, 3 * columns,
+                      bias_sums.of(sequence, head));
     });
   });
-  return grad_qkv;
+  return {grad_qkv, bias_sums.finish()};
 }
 
 }  // namespace
@@ -139,10 +147,10 @@ Tensor packed_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, co
 STABLE_TORCH_LIBRARY_FRAGMENT(triton_st_cpp, m) {
   m.def(
       "packed_attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor? seed, SymInt max_seqlen, float dropout_p,"
-      " int stream) -> (Tensor out, Tensor logsumexp)");
+      " int stream, Tensor? relative_bias) -> (Tensor out, Tensor logsumexp)");
   m.def(
       "packed_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor logsumexp, Tensor cu_seqlens,"
-      " Tensor? seed, SymInt max_seqlen, float dropout_p, int stream) -> Tensor");
+      " Tensor? seed, SymInt max_seqlen, float dropout_p, int stream, Tensor? relative_bias) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(triton_st_cpp, CPU, m) {

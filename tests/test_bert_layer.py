@@ -73,6 +73,23 @@ def layer(
     return run
 
 
+def biased(
+    function: Callable[..., Tensor], case: tuple[int, int, int, list[int]], cu_seqlens: Tensor
+) -> Callable[..., Tensor]:
+    """As `layer`, with a bias by relative position before the parameters, in hidden's dtype: see packed_attention's."""
+
+    def run(hidden: Tensor, bias: Tensor, *parameters: Tensor) -> Tensor:
+        wide = bias.to(torch.promote_types(hidden.dtype, torch.float32))
+        return layer(functools.partial(function, relative_bias=wide), case, cu_seqlens)(hidden, *parameters)
+
+    return run
+
+
+def bias_of(case: tuple[int, int, int, list[int]], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(case[2], 2 * max(case[3]) + 3, generator=generator).to(dtype)
+
+
 def gradients(function: Callable[..., Tensor], hidden: Tensor, parameters: list[Tensor]) -> list[Tensor]:
     leaves = [x.clone().requires_grad_() for x in (hidden, *parameters)]
     result = function(*leaves)
@@ -127,6 +144,25 @@ def test_pooled_values_and_gradients(
         )
 
 
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("case", [SMALL, CASES[1], CASES[3], CASES[4]], ids=lambda case: f"{case[0]}-{max(case[3])}")
+def test_bias_by_relative_position(
+    name: str, dtype: torch.dtype, case: tuple[int, int, int, list[int]], device: torch.device
+) -> None:
+    if interpreted(name, device) and case != SMALL:
+        pytest.skip("the interpreter is slow: one small case")
+    if name == "triton" and dtype != torch.float32:
+        pytest.skip("a layer of operators rounds at each of them, which have tests of their own")
+    hidden, cu_seqlens, parameters = layer_inputs(case, dtype)
+    with serving(name, "dropout_add_layer_norm_forward" if name == "triton" else "bert_layer_forward", dtype, device):
+        assert_matches_reference(
+            biased(ops.bert_layer, case, cu_seqlens),
+            biased(reference.bert_layer, case, cu_seqlens),
+            [hidden, bias_of(case, dtype), *parameters],
+        )
+
+
 @every_dtype
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=["narrow", "wide"])
 def test_the_number_of_threads_does_not_change_a_bit(dtype: torch.dtype, case: Any) -> None:
@@ -135,7 +171,8 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype: torch.dtype, case: A
     results = []
     for count in (1, 2, 3, 2):
         with serving("cpp", "bert_layer_forward", dtype), threads(count):
-            results.append(gradients(layer(ops.bert_layer, case, cu_seqlens), hidden, parameters))
+            run = biased(ops.bert_layer, case, cu_seqlens)
+            results.append(gradients(run, hidden, [bias_of(case, torch.float32), *parameters]))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -147,7 +184,7 @@ def test_nothing_but_the_result_is_kept_without_gradients(name: str) -> None:
     with serving(name, "bert_layer_forward"):
         expected = run(hidden.clone().requires_grad_(), *parameters)
         torch.testing.assert_close(run(hidden, *parameters), expected, rtol=0, atol=0)
-        arguments = [hidden, cu_seqlens, SEED, *parameters, 40, 5, 1e-12, 0.1, 0.05, 0.1, 8, False]
+        arguments = [hidden, cu_seqlens, SEED, *parameters, 40, 5, 1e-12, 0.1, 0.05, 0.1, 8, False, None]
         out, *kept = torch.ops.triton_st.bert_layer_forward(*arguments)
     assert torch.equal(out, expected)
     assert all(x.numel() == 0 for x in kept)
@@ -206,8 +243,10 @@ def test_opcheck_and_compile(name: str) -> None:
     hidden, cu_seqlens, parameters = layer_inputs(case, torch.float32)
     leaves = [x.requires_grad_() for x in parameters]
     with serving(name, "bert_layer_forward"):
-        arguments = (hidden.requires_grad_(), cu_seqlens, SEED, *leaves, 40, 5, 1e-12, 0.1, 0.05, 0.1, 8, True)
-        torch.library.opcheck(torch.ops.triton_st.bert_layer_forward.default, arguments)
+        for bias in (None, torch.randn(5, 81, requires_grad=True)):
+            settings = (40, 5, 1e-12, 0.1, 0.05, 0.1, 8, True, bias)
+            arguments = (hidden.requires_grad_(), cu_seqlens, SEED, *leaves, *settings)
+            torch.library.opcheck(torch.ops.triton_st.bert_layer_forward.default, arguments)
         run = layer(ops.bert_layer, case, cu_seqlens)
         compiled = torch.compile(run, fullgraph=True)
         plain = [x.detach() for x in leaves]
@@ -248,6 +287,8 @@ def test_bad_input_is_named() -> None:
         (ValueError, "eps must be at least 0", {"eps": -1.0}),
         (ValueError, "dropout_p must be a probability", {"hidden_dropout_p": 1.5}),
         (ValueError, "seed must be given", {"seed": None}),
+        (ValueError, "relative_bias must have at least 79 columns", {"relative_bias": torch.zeros(5, 77)}),
+        (ValueError, r"relative_bias must be \[H, 2 P - 1\] with 5 heads", {"relative_bias": torch.zeros(4, 79)}),
         (
             TypeError,
             "up_bias must be torch.float32",

@@ -52,8 +52,10 @@ def widened(arguments: Sequence[Any]) -> list[Any]:
     return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
 
 
-def assert_as_specified(operator: str, name: str, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Every result of kernel `name` obeys the tolerance rule; returns them."""
+def assert_as_specified(
+    operator: str, name: str, arguments: Sequence[Any], rounded: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Every result of kernel `name` obeys the tolerance rule, rounded to that dtype if one is given; returns them."""
     specified: Callable[..., Any] = getattr(reference[operator], name)
     with serving("triton", name, device=arguments[0].device):
         actual = getattr(kernels, name)(*arguments)
@@ -62,8 +64,8 @@ def assert_as_specified(operator: str, name: str, arguments: Sequence[Any]) -> t
         exact_arguments[-1] = torch.float64
     results = [actual, specified(*exact_arguments), specified(*arguments)]
     actual, exact, plain = (x if isinstance(x, tuple) else (x,) for x in results)
-    for i, each in enumerate(zip(actual, exact, plain, strict=True)):
-        assert_within_tolerance(*each, f"{name}, result {i}")
+    for i, (a, e, p) in enumerate(zip(actual, exact, plain, strict=True)):
+        assert_within_tolerance(a.to(rounded or a.dtype), e, p.to(rounded or p.dtype), f"{name}, result {i}")
     return actual
 
 
@@ -103,9 +105,8 @@ def test_all_is_dropped_where_p_is_one(device: torch.device) -> None:
     assert not out.any()
     assert logsumexp.isfinite().all()
     grad = torch.ones_like(out)
-    assert not kernels.packed_attention_backward(
-        grad, qkv, out, logsumexp, cu_seqlens, seed_tensor(device), 5, 1.0, 0
-    ).any()
+    settings = (cu_seqlens, seed_tensor(device), 5, 1.0, 0)
+    assert not kernels.packed_attention_backward(grad, qkv, out, logsumexp, *settings)[0].any()
 
 
 @half_and_single
@@ -120,17 +121,21 @@ def test_attention(
 ) -> None:
     tokens, longest, cu_seqlens = sum(lengths), max(lengths), cumulative(lengths, device)
     qkv = randn(tokens, 3, heads, size, dtype=dtype, device=device)
-    settings = cu_seqlens, seed_tensor(device), longest + 2, dropout_p, 13
-    out, logsumexp = assert_as_specified("packed_attention", "packed_attention_forward", (qkv, *settings))
     grad = randn(tokens, heads * size, dtype=dtype, device=device, seed=1)
-    assert_as_specified("packed_attention", "packed_attention_backward", (grad, qkv, out, logsumexp, *settings))
+    biases = [None, randn(heads, 2 * longest + 1, device=device, seed=2)]
+    for bias in biases[: min(longest, 2)]:  # a lone token's is a difference of equal numbers
+        settings = cu_seqlens, seed_tensor(device), longest + 2, dropout_p, 13, bias
+        out, logsumexp = assert_as_specified("packed_attention", "packed_attention_forward", (qkv, *settings))
+        backward = (grad, qkv, out, logsumexp, *settings)
+        # The bias's gradient is float32, of results that were rounded to half.
+        assert_as_specified("packed_attention", "packed_attention_backward", backward, rounded=dtype)
 
 
 @dropouts
 def test_small_tiles_agree(dropout_p: float, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles in both directions, tiles that begin and end within sequences, and with the slots' padding."""
     lengths = [1, 2, 3, 4, 17, 21, 7]
-    monkeypatch.setattr(attention_module, "_tile", lambda dtype, d, backward=False: Tile(16, 16, 16, 4, 1))
+    monkeypatch.setattr(attention_module, "_tile", lambda *shape, **options: Tile(16, 16, 16, 4, 1))
     test_attention(1, 7, lengths, dropout_p, torch.float32, device)
 
 
@@ -169,7 +174,7 @@ def test_one_sequence_changes_no_bit_of_the_others(dropout_p: float, device: tor
     for factor in (1.0, 1e4, float("nan")):
         qkv, g = (torch.where(rest.view(40, *[1] * (x.dim() - 1)), x, x * factor) for x in (clean, grad))
         out, logsumexp = kernels.packed_attention_forward(qkv, *settings)
-        results.append((out, kernels.packed_attention_backward(g, qkv, out, logsumexp, *settings)))
+        results.append((out, kernels.packed_attention_backward(g, qkv, out, logsumexp, *settings)[0]))
     for expected, changed, spoiled in zip(*results, strict=True):
         assert torch.equal(changed[rest], expected[rest])
         assert not torch.equal(changed[~rest], expected[~rest])
@@ -327,7 +332,7 @@ def test_repeats_bit_for_bit_and_reads_strided_input(device: torch.device) -> No
     assert not strided.is_contiguous()
     assert torch.equal(out, again)
     grads = [
-        kernels.packed_attention_backward(g, q, out, logsumexp, cu_seqlens, seed, 19, 0.1, 0)
+        kernels.packed_attention_backward(g, q, out, logsumexp, cu_seqlens, seed, 19, 0.1, 0)[0]
         for q, g in ((qkv, out), (strided, out.t().contiguous().t()))
     ]
     assert torch.equal(*grads)
@@ -341,10 +346,13 @@ def test_empty_batches(device: torch.device) -> None:
         out, logsumexp = kernels.packed_attention_forward(nothing.view(0, 3, 1, 2), cu_seqlens, None, 0, 0.0, 0)
         assert out.shape == (0, 2)
         assert logsumexp.shape == (1, 0)
-        grad = kernels.packed_attention_backward(
-            out, nothing.view(0, 3, 1, 2), out, logsumexp, cu_seqlens, None, 0, 0.0, 0
-        )
-        assert grad.shape == (0, 3, 1, 2)
+        for bias in (None, torch.ones(1, 5, device=device)):
+            grad, grad_bias = kernels.packed_attention_backward(
+                out, nothing.view(0, 3, 1, 2), out, logsumexp, cu_seqlens, None, 0, 0.0, 0, bias
+            )
+            assert grad.shape == (0, 3, 1, 2)
+            assert grad_bias.shape == (1, 0 if bias is None else 5)
+            assert not grad_bias.any()
         pooled = kernels.layer_norm_mean_pool_forward(
             nothing, nothing, weight, weight, cu_seqlens, None, None, 1e-12, 0.0, 0, True
         )

@@ -254,7 +254,7 @@ def test_compiled_model_equals_eager(family):
     ours, _ = _pair(family)
     features = _batch()
     torch._dynamo.reset()
-    compiled = torch.compile(ours, backend="aot_eager")
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     wanted, hidden = ours(**features), compiled(**features)
     torch.testing.assert_close(hidden, wanted, rtol=0, atol=1e-5)
     weights = [p for p in ours.parameters() if p.requires_grad]

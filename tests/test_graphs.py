@@ -13,13 +13,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from tests.small_model import WORDS, random_batch, small_model
 from triton_st import backend, graphs
 from triton_st.graphs import SEQUENCES, TOKENS, Bucket, GraphedEncoder, bucket_of, eager_states, pad
 from triton_st.kernels import common
-from triton_st.models import MPNetModel, pack
+from triton_st.models import BertModel, MPNetModel, pack
 
 LENGTHS = [[3], [16], [5, 1, 7, 2], [32] * 7 + [3], [1] * 33, [0, 3, 0], [2] * 100]
 TEXTS = ["the boy plays", "a dog", "", "red ball near the old tree in the park", "happy cat sleeps"]
@@ -186,14 +185,6 @@ def test_a_capture_that_fails_is_not_tried_again(encoder, caplog):
 
 def test_encoders_that_are_not_captured(encoder):
     assert GraphedEncoder(encoder, torch.float32).problem() == "backend 'cpp' serves here"
-    config = transformers.MPNetConfig(
-        vocab_size=30, hidden_size=50, num_hidden_layers=1, num_attention_heads=5, intermediate_size=72,
-        max_position_embeddings=40,
-    )  # fmt: skip
-    mpnet = MPNetModel(config).eval()
-    made, features = GraphedEncoder(mpnet, torch.float32), random_batch([5, 9], vocabulary=25)
-    assert "relative bias" in made.problem()
-    assert torch.equal(made.states(features), eager_states(mpnet, features, torch.float32))
 
 
 def test_a_large_batch_runs_as_it_is(encoder):
@@ -203,10 +194,12 @@ def test_a_large_batch_runs_as_it_is(encoder):
     assert made._capture.count == 0
 
 
-def test_a_pass_reads_no_value_of_a_tensor(encoder, monkeypatch):
+@pytest.mark.parametrize("family", [BertModel, MPNetModel])
+def test_a_pass_reads_no_value_of_a_tensor(family, monkeypatch):
     """On meta tensors, which have none, as on a GPU where reading one would wait, and end a capture."""
     monkeypatch.setattr(backend, "select", lambda tensor: "triton")
-    meta = copy.deepcopy(encoder).to("meta")
+    config = family.config_class(vocab_size=30, hidden_size=50, num_hidden_layers=2, num_attention_heads=5)
+    meta = family(config).eval().to("meta")
     ids, offsets = torch.empty(64, dtype=torch.int64, device="meta"), torch.empty(9, dtype=torch.int32, device="meta")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         with common.recording("cuda") as launches, torch.inference_mode():

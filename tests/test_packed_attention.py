@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,54 @@ def test_obeys_the_tolerance_rule(name: str, dtype: torch.dtype, dropout_p: floa
             assert_matches_reference(ops.packed_attention, reference.packed_attention, arguments)
 
 
+def biased(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` with its last argument as the bias: in the inputs' dtype, so that its gradient is judged by that.
+
+    It is float32 by right, of results that were rounded to half.
+    """
+
+    def run(qkv: Tensor, *arguments: Any) -> Tensor:
+        *rest, bias = arguments
+        return function(qkv, *rest, bias.to(torch.promote_types(qkv.dtype, torch.float32)))
+
+    return run
+
+
+@every_dtype
+@every_backend
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_bias_by_relative_position(name: str, dtype: torch.dtype, dropout_p: float, device: torch.device) -> None:
+    with serving(name, OPERATOR, dtype, device):
+        for lengths, size in shapes(name, device):
+            if max(lengths) == 1:
+                continue  # whose gradient is a difference of equal numbers
+            reach = max(lengths) + len(lengths) % 3
+            bias = 2 * randn(2, 2 * reach - 1, dtype=dtype, device=device)
+            arguments = (*inputs(lengths, size, dtype, device, dropout_p), bias)
+            assert_matches_reference(biased(ops.packed_attention), biased(reference.packed_attention), arguments)
+
+
+@every_backend
+def test_bias_agrees_with_a_mask_in_pytorch(name: str, device: torch.device) -> None:
+    """The column of key j and query i is that of j - i, from 1 - P on; what no pair of tokens has gets no gradient."""
+    lengths, reach = [4, 1, 19], 25
+    qkv, bias = randn(24, 3, 2, 10, device=device), randn(2, 2 * reach - 1, device=device).requires_grad_()
+    with serving(name, OPERATOR, device=device):
+        out = ops.packed_attention(qkv, cu_seqlens(lengths, device), 19, relative_bias=bias)
+        (grad,) = torch.autograd.grad(out.square().sum(), bias)
+    expected = []
+    for start, end in itertools.pairwise(cu_seqlens(lengths).tolist()):
+        q, k, v = qkv[start:end].permute(1, 2, 0, 3)
+        rows = [bias[:, reach - 1 - i : reach - 1 - i + end - start] for i in range(end - start)]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.stack(rows, 1))
+        expected.append(attended.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(out, torch.cat(expected))
+    (wanted,) = torch.autograd.grad(torch.cat(expected).square().sum(), bias)
+    torch.testing.assert_close(grad, wanted)
+    assert not grad[:, : reach - 19].any()
+    assert not grad[:, reach + 18 :].any()
+
+
 @every_backend
 def test_agrees_with_pytorch(name: str, device: torch.device) -> None:
     lengths = [4, 1, 19]
@@ -86,7 +136,9 @@ def test_scores_that_overflow_an_exponential(name: str, device: torch.device) ->
     """Scores up to ±3e4: only an exact maximum gives finite weights; lse is the row's own."""
     qkv = randn(80, 3, 1, 8, device=device) * 100
     with serving(name, OPERATOR, device=device):
-        out, logsumexp = torch.ops.triton_st.packed_attention_forward(qkv, cu_seqlens([80], device), None, 80, 0.0, 0)
+        out, logsumexp = torch.ops.triton_st.packed_attention_forward(
+            qkv, cu_seqlens([80], device), None, 80, 0.0, 0, None
+        )
     q, k, v = qkv.double().permute(1, 2, 0, 3)
     scores = q @ k.mT / math.sqrt(8)
     torch.testing.assert_close(logsumexp.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-3)
@@ -127,8 +179,10 @@ def test_finite_results_past_half_s_range_are_its_largest(name: str) -> None:
 @every_dtype
 @pytest.mark.parametrize("lengths", [[25, 0, 1, 33, 64, 5] * 4, [150, 20]])
 def test_same_bits_on_every_run_and_any_number_of_threads(dtype: torch.dtype, lengths: list[int]) -> None:
+    arguments = inputs(lengths, 10, dtype, torch.device("cpu"), 0.1)
     with serving("cpp", OPERATOR):
-        assert_repeatable(ops.packed_attention, inputs(lengths, 10, dtype, torch.device("cpu"), 0.1))
+        assert_repeatable(ops.packed_attention, arguments)
+        assert_repeatable(ops.packed_attention, (*arguments, randn(2, 2 * max(lengths) + 5)))
 
 
 def test_strided_inputs() -> None:
@@ -167,11 +221,12 @@ def test_any_shape(lengths: list[int], size: int, dropout_p: float, dtype: torch
 
 def test_gradients_of_the_reference() -> None:
     qkv = torch.randn(9, 3, 2, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, 11, dtype=torch.float64, requires_grad=True)
     with serving("reference", OPERATOR):
         for function in (ops.packed_attention, reference.packed_attention):
             for dropout_p in (0.0, 0.4):
                 assert torch.autograd.gradcheck(
-                    lambda x, f=function, p=dropout_p: f(x, cu_seqlens([4, 0, 5]), 5, p, seed(), 2), qkv
+                    lambda x, b, f=function, p=dropout_p: f(x, cu_seqlens([4, 0, 5]), 5, p, seed(), 2, b), (qkv, bias)
                 )
 
 
@@ -179,8 +234,8 @@ def test_gradients_of_the_reference() -> None:
 def test_opcheck(name: str, device: torch.device) -> None:
     qkv, offsets = randn(8, 3, 2, 6, device=device), cu_seqlens([3, 0, 5], device)
     with serving(name, OPERATOR, device=device):
-        for dropout_p, key in ((0.0, None), (0.2, seed(device))):
-            settings = (offsets, key, 5, dropout_p, 1)
+        for dropout_p, key, bias in ((0.0, None, None), (0.2, seed(device), randn(2, 9, device=device))):
+            settings = (offsets, key, 5, dropout_p, 1, bias)
             out, logsumexp = torch.ops.triton_st.packed_attention_forward(qkv, *settings)
             torch.library.opcheck(
                 torch.ops.triton_st.packed_attention_forward.default, (qkv.clone().requires_grad_(), *settings)
@@ -195,14 +250,16 @@ def test_opcheck(name: str, device: torch.device) -> None:
 def test_compiled_whole(name: str, device: torch.device) -> None:
     offsets, key = cu_seqlens([3, 0, 5], device), seed(device)
 
-    def attend(qkv: Tensor) -> Tensor:
-        return ops.packed_attention(qkv * 2, offsets, 5, 0.2, key, 1).square()
+    def attend(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.packed_attention(qkv * 2, offsets, 5, 0.2, key, 1, bias).square()
 
     with serving(name, OPERATOR, device=device):
         assert_compiles(attend, [randn(8, 3, 2, 6, device=device)])
+        assert_compiles(attend, [randn(8, 3, 2, 6, device=device), randn(2, 9, device=device)])
 
 
 QKV = torch.zeros(4, 3, 2, 5)
+BIASED = (QKV, cu_seqlens([4]), 4, 0.0, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +281,28 @@ QKV = torch.zeros(4, 3, 2, 5)
         ((QKV, cu_seqlens([4]), 4, 0.1), ValueError, "seed must be given where dropout_p is not 0"),
         ((QKV, cu_seqlens([4]), 4, 0.1, torch.tensor(1.0)), TypeError, "seed must be int64, got torch.float32"),
         ((QKV, cu_seqlens([4]), 4, 0.1, torch.tensor([1, 2])), ValueError, r"seed must have one element, got.*\[2\]"),
+        (
+            (*BIASED, torch.zeros(2, 5)),
+            ValueError,
+            "relative_bias must have at least 7 columns for sequences of 4.*got 5",
+        ),
+        (
+            (*BIASED, torch.zeros(2, 8)),
+            ValueError,
+            r"relative_bias must be \[H, 2 P - 1\] with 2 heads, got shape \[2, 8\]",
+        ),
+        (
+            (*BIASED, torch.zeros(3, 7)),
+            ValueError,
+            r"relative_bias must be \[H, 2 P - 1\] with 2 heads, got shape \[3, 7\]",
+        ),
+        ((*BIASED, torch.zeros(7)), ValueError, r"relative_bias must be \[H, 2 P - 1\] with 2 heads, got shape \[7\]"),
+        (
+            (*BIASED, torch.zeros(2, 7).half()),
+            TypeError,
+            "relative_bias must be torch.float32 with qkv in torch.float32",
+        ),
+        ((*BIASED, 0.5), TypeError, "relative_bias must be a tensor, got float"),
     ],
 )
 def test_bad_input(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
@@ -237,4 +316,7 @@ def test_compiled_kernels_check_what_they_are_called_with() -> None:
         ops.packed_attention(QKV, cu_seqlens([4]), 4)  # loads the library
     for offsets, longest in ((torch.tensor([0, 9, 4]), 9), (torch.tensor([0, 4]), 3)):
         with pytest.raises(RuntimeError, match=r"cu_seqlens must ascend|max_seqlen is smaller"):
-            torch.ops.triton_st_cpp.packed_attention_forward(QKV, offsets, None, longest, 0.0, 0)
+            torch.ops.triton_st_cpp.packed_attention_forward(QKV, offsets, None, longest, 0.0, 0, None)
+    for bias in (torch.zeros(2, 5), torch.zeros(1, 7)):
+        with pytest.raises(RuntimeError, match=r"relative_bias must be float32 \[H, 2 P - 1\]"):
+            torch.ops.triton_st_cpp.packed_attention_forward(QKV, cu_seqlens([4]), None, 4, 0.0, 0, bias)

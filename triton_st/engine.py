@@ -203,8 +203,8 @@ class Engine:
         """[H, 2 P - 1], by query minus key from 1 - P on; None for a family without."""
         reach = self.encoder.max_length + _BIAS_MARGIN
         with torch.no_grad():
-            biased = self.encoder.biased_attention(torch.tensor([0, reach], dtype=torch.int32), reach)
-        return None if biased is None else biased.bias.flip(1).contiguous()
+            bias = self.encoder.relative_bias(reach)
+        return None if bias is None else bias.flip(1).contiguous()
 
     # --- batches ------------------------------------------------------------------------------------------------------
 

@@ -130,8 +130,6 @@ class GraphedEncoder:
         """Why this encoder's passes cannot be captured; None if they can."""
         if self._failure is not None:
             return self._failure
-        if type(self.encoder).biased_attention is not PackedEncoder.biased_attention:
-            return "attention with a relative bias plans each batch on the CPU"
         if (selected := backend.select(self.encoder.embeddings.tables()[0])) != "triton":
             return f"backend {selected!r} serves here"
         return None

@@ -10,14 +10,16 @@ Dropout draws four neighbouring keys with one call of Philox. For that keys are 
 at a slot that is a multiple of 4. Within a tile, keys are permuted (softmax does not mind) so that the four words stand
 a quarter of the tile apart: there each thread of a matrix product already holds what belongs together.
 
-Backward: one kernel owns queries (their gradients), one owns keys and values; each sums in a fixed order.
+Backward: one kernel owns queries (their gradients), one owns keys and values; each sums in a fixed order. A bias by
+relative position has a third for its gradient, which walks along distances instead of keys: a sum along the diagonals
+of a tile would need atomics, or the tile in memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,26 +27,28 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_st.kernels.common import Call, Tile, dot_precision, launch, meta, on_hip
+from triton_st.kernels.packed_attention_tiles import (
+    LOG2_E,
+    biases_of,
+    first_slot,
+    kept_weights,
+    kept_weights_transposed,
+    keys_of,
+    load_rows,
+    query_group,
+    store_rows,
+)
 from triton_st.kernels.philox import dropout_arguments, keep_bits
 from triton_st.kernels.rows import floor_log2, power_of_two
 from triton_st.kernels.storing import saturate
 
-_LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2))
 BLOCK_PLACES = 128
+BLOCK_BIASED = 32
 GRADIENT_EXPONENT = -3
 """In half, scores' gradients are formed from a result's gradient whose largest entry is in [2^-3, 2^-2): with heads of
 128 elements they stay finite for values up to 2000, and they keep 11 bits down to 2^-11 of the largest."""
 _GRADIENT_EXPONENT = tl.constexpr(GRADIENT_EXPONENT)
-
-
-@triton.jit
-def _first_slot(cu_seqlens, sequence, QUADS: tl.constexpr):
-    """Slot of a sequence's first token: a multiple of 4 if QUADS, found without adding up rounded lengths."""
-    start = tl.load(cu_seqlens + sequence).to(tl.int32)
-    if QUADS:
-        start = (start + 3 * sequence + 3) // 4 * 4
-    return start
 
 
 @triton.jit
@@ -61,8 +65,8 @@ def _places_kernel(
     for done in range(0, length, BLOCK):
         tl.store(sequences + start + done + place, tl.zeros([BLOCK], tl.int32) + sequence, mask=done + place < length)
     if slot_tokens is not None:
-        first = _first_slot(cu_seqlens, sequence, True)
-        slots = _first_slot(cu_seqlens, sequence + 1, True) - first
+        first = first_slot(cu_seqlens, sequence, True)
+        slots = first_slot(cu_seqlens, sequence + 1, True) - first
         for done in range(0, slots, BLOCK):
             inside = done + place < slots
             token = tl.where(done + place < length, start + done + place, -1)
@@ -70,73 +74,12 @@ def _places_kernel(
             tl.store(slot_sequences + first + done + place, tl.zeros([BLOCK], tl.int32) + sequence, mask=inside)
 
 
-@triton.jit
-def _keys(slot_sequences, slot_tokens, first, end, BLOCK: tl.constexpr):
-    """Tokens and sequences of a tile's slots before `end`, -1 and -2 past it; permuted for dropout."""
-    column = tl.arange(0, BLOCK)
-    if slot_tokens is None:
-        slot = first + column
-        inside = slot < end
-        token = tl.where(inside, slot, -1)
-    else:
-        slot = first + column % (BLOCK // 4) * 4 + column // (BLOCK // 4)
-        inside = slot < end
-        token = tl.load(slot_tokens + slot, mask=inside, other=-1)
-        inside = token >= 0
-    return token, tl.load(slot_sequences + slot, mask=inside, other=-2)
-
-
-@triton.jit
-def _load(x, token, inside, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One head's rows of these tokens, from the head's first element of token 0 on. [tokens, BLOCK_D]."""
-    dim = tl.arange(0, BLOCK_D)
-    mask = inside[:, None]
-    if D != BLOCK_D:
-        mask = mask & (dim < D)[None, :]
-    return tl.load(x + token.to(tl.int64)[:, None] * STRIDE + dim[None, :], mask=mask, other=0)
-
-
-@triton.jit
-def _store(x, token, inside, value, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    dim = tl.arange(0, BLOCK_D)
-    mask = inside[:, None]
-    if D != BLOCK_D:
-        mask = mask & (dim < D)[None, :]
-    tl.store(x + token.to(tl.int64)[:, None] * STRIDE + dim[None, :], value.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _kept(seed, stream, threshold, row_group, first_slot, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    """Which weights of a tile are kept, its keys permuted as `_keys` does. bool [BLOCK_ROWS, BLOCK_KEYS]."""
-    group = first_slot // 4 + tl.arange(0, BLOCK_KEYS // 4)
-    bits = keep_bits(seed, stream, threshold, row_group[:, None] + group[None, :])
-    kept = (bits[:, None, :] >> tl.arange(0, 4)[None, :, None]) & 1 != 0
-    return tl.reshape(kept, [BLOCK_ROWS, BLOCK_KEYS])
-
-
-@triton.jit
-def _kept_transposed(
-    seed, stream, threshold, row_group, first_slot, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr
-):
-    """The same the other way round. bool [BLOCK_KEYS, BLOCK_ROWS]."""
-    group = first_slot // 4 + tl.arange(0, BLOCK_KEYS // 4)
-    bits = keep_bits(seed, stream, threshold, group[:, None] + row_group[None, :])
-    kept = (bits[None, :, :] >> tl.arange(0, 4)[:, None, None]) & 1 != 0
-    return tl.reshape(kept, [BLOCK_KEYS, BLOCK_ROWS])
-
-
-@triton.jit
-def _query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups):
-    """Number of the group of four weights that a query would have at slot 0. [queries], int64."""
-    first = _first_slot(cu_seqlens, tl.where(inside, sequence, 0), True)
-    return (head.to(tl.int64) * tokens + token) * row_groups - first // 4
-
-
 @triton.jit(do_not_specialize=["tokens", "row_groups", "threshold", "stream"])
 def _attention_kernel(
     qkv,  # [T, 3, H, D]
     cu_seqlens, sequences, slot_sequences, slot_tokens,
     out, logsumexp,  # [T, H, D], [H, T]
+    bias, columns,  # [H, columns] or None
     seed, threshold, factor, stream,
     tokens, row_groups,  # T; groups of four keys that a row of weights is counted as
     scale,
@@ -151,20 +94,23 @@ def _attention_kernel(
     first_sequence = tl.load(sequences + first)
     last_sequence = tl.load(sequences + tl.minimum(first + BLOCK_OWNED, tokens) - 1)
     qkv += head * D
-    q = _load(qkv, token, inside, 3 * H * D, D, BLOCK_D)
+    q = load_rows(qkv, token, inside, 3 * H * D, D, BLOCK_D)
     if seed is not None:
         seed_value = tl.load(seed)
-        row_group = _query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups)
-    begin = _first_slot(cu_seqlens, first_sequence, slot_tokens is not None)
-    end = _first_slot(cu_seqlens, last_sequence + 1, slot_tokens is not None)
+        row_group = query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups)
+    begin = first_slot(cu_seqlens, first_sequence, slot_tokens is not None)
+    end = first_slot(cu_seqlens, last_sequence + 1, slot_tokens is not None)
     top = tl.full([BLOCK_OWNED], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_OWNED], tl.float32)
     acc = tl.zeros([BLOCK_OWNED, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_PASSED):
-        key, key_sequence = _keys(slot_sequences, slot_tokens, start, end, BLOCK_PASSED)
-        k = _load(qkv + H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
-        scores = tl.where(sequence[:, None] == key_sequence[None, :], scores, float("-inf"))
+        key, key_sequence = keys_of(slot_sequences, slot_tokens, start, end, BLOCK_PASSED)
+        k = load_rows(qkv + H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        same = sequence[:, None] == key_sequence[None, :]
+        if bias is not None:
+            scores += biases_of(bias, columns, head, key[None, :] - token[:, None], same)
+        scores = tl.where(same, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(scores - shift[:, None])
@@ -172,15 +118,17 @@ def _attention_kernel(
         total = total * rescale + tl.sum(p, 1)
         top = new_top
         if seed is not None:
-            kept = _kept(seed_value, stream, threshold, row_group, start, BLOCK_OWNED, BLOCK_PASSED)
+            kept = kept_weights(seed_value, stream, threshold, row_group, start, BLOCK_OWNED, BLOCK_PASSED)
             p = tl.where(kept, p, 0.0)
-        v = _load(qkv + 2 * H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
+        v = load_rows(qkv + 2 * H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     total = tl.where(inside, total, 1.0)
     normaliser = 1.0 / total
     if seed is not None:
         normaliser *= factor
-    _store(out + head * D, token, inside, saturate(acc * normaliser[:, None], out.dtype.element_ty), H * D, D, BLOCK_D)
+    store_rows(
+        out + head * D, token, inside, saturate(acc * normaliser[:, None], out.dtype.element_ty), H * D, D, BLOCK_D
+    )
     tl.store(logsumexp + head.to(tl.int64) * tokens + token, (top + tl.log2(total)) * _LN_2, mask=inside)
 
 
@@ -190,6 +138,7 @@ def _query_grad_kernel(
     cu_seqlens, sequences, slot_sequences, slot_tokens,
     grad_qkv, delta,  # [T, 3, H, D]: the queries' part is written; [H, T]: grad · out
     largest,  # [1] int32 or None: raised to the bits of the largest |grad|
+    bias, columns,
     seed, threshold, factor, stream,
     tokens, row_groups,
     scale,
@@ -205,37 +154,40 @@ def _query_grad_kernel(
     last_sequence = tl.load(sequences + tl.minimum(first + BLOCK_OWNED, tokens) - 1)
     qkv += head * D
     row = head.to(tl.int64) * tokens + token
-    grad_out = _load(grad + head * D, token, inside, H * D, D, BLOCK_D)
-    result = _load(out + head * D, token, inside, H * D, D, BLOCK_D)
+    grad_out = load_rows(grad + head * D, token, inside, H * D, D, BLOCK_D)
+    result = load_rows(out + head * D, token, inside, H * D, D, BLOCK_D)
     row_delta = tl.sum(grad_out.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta + row, row_delta, mask=inside)
-    row_logsumexp = tl.load(logsumexp + row, mask=inside, other=0) * _LOG2_E
+    row_logsumexp = tl.load(logsumexp + row, mask=inside, other=0) * LOG2_E
     power = tl.full([BLOCK_OWNED], 1.0, tl.float32)
     if largest is not None:
         row_largest = tl.max(tl.abs(grad_out.to(tl.float32)), 1)
         tl.atomic_max(largest, tl.max(row_largest.to(tl.int32, bitcast=True)))
         power = _gradient_power(row_largest)
-    q = _load(qkv, token, inside, 3 * H * D, D, BLOCK_D)
+    q = load_rows(qkv, token, inside, 3 * H * D, D, BLOCK_D)
     if seed is not None:
         seed_value = tl.load(seed)
-        row_group = _query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups)
-    begin = _first_slot(cu_seqlens, first_sequence, slot_tokens is not None)
-    end = _first_slot(cu_seqlens, last_sequence + 1, slot_tokens is not None)
+        row_group = query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups)
+    begin = first_slot(cu_seqlens, first_sequence, slot_tokens is not None)
+    end = first_slot(cu_seqlens, last_sequence + 1, slot_tokens is not None)
     acc = tl.zeros([BLOCK_OWNED, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_PASSED):
-        key, key_sequence = _keys(slot_sequences, slot_tokens, start, end, BLOCK_PASSED)
-        k = _load(qkv + H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
+        key, key_sequence = keys_of(slot_sequences, slot_tokens, start, end, BLOCK_PASSED)
+        k = load_rows(qkv + H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        same = sequence[:, None] == key_sequence[None, :]
+        if bias is not None:
+            scores += biases_of(bias, columns, head, key[None, :] - token[:, None], same)
         p = tl.exp2(scores - row_logsumexp[:, None])
-        p = tl.where(sequence[:, None] == key_sequence[None, :], p, 0.0)
-        v = _load(qkv + 2 * H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
+        p = tl.where(same, p, 0.0)
+        v = load_rows(qkv + 2 * H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
         grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         if seed is not None:
-            kept = _kept(seed_value, stream, threshold, row_group, start, BLOCK_OWNED, BLOCK_PASSED)
+            kept = kept_weights(seed_value, stream, threshold, row_group, start, BLOCK_OWNED, BLOCK_PASSED)
             grad_p = tl.where(kept, grad_p * factor, 0.0)
         grad_scores = p * (grad_p - row_delta[:, None]) * power[:, None]
         acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
-    _store(grad_qkv + head * D, token, inside, acc * (scale / power)[:, None], 3 * H * D, D, BLOCK_D)
+    store_rows(grad_qkv + head * D, token, inside, acc * (scale / power)[:, None], 3 * H * D, D, BLOCK_D)
 
 
 @triton.jit
@@ -252,6 +204,7 @@ def _key_grad_kernel(
     cu_seqlens, sequences, slot_sequences, slot_tokens,
     grad_qkv,  # [T, 3, H, D]: the keys' and values' parts are written
     largest,
+    bias, columns,
     seed, threshold, factor, stream,
     tokens, slots, row_groups,
     scale,
@@ -260,15 +213,15 @@ def _key_grad_kernel(
 ):  # fmt: skip
     head = tl.program_id(1)
     first = tl.program_id(0) * BLOCK_OWNED
-    key, key_sequence = _keys(slot_sequences, slot_tokens, first, slots, BLOCK_OWNED)
+    key, key_sequence = keys_of(slot_sequences, slot_tokens, first, slots, BLOCK_OWNED)
     first_sequence = tl.load(slot_sequences + first)
     last_sequence = tl.load(slot_sequences + tl.minimum(first + BLOCK_OWNED, slots) - 1)
     qkv += head * D
     grad += head * D
     logsumexp += head.to(tl.int64) * tokens
     delta += head.to(tl.int64) * tokens
-    k = _load(qkv + H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
-    v = _load(qkv + 2 * H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
+    k = load_rows(qkv + H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
+    v = load_rows(qkv + 2 * H * D, key, key >= 0, 3 * H * D, D, BLOCK_D)
     if seed is not None:
         seed_value = tl.load(seed)
     power = 1.0
@@ -283,16 +236,19 @@ def _key_grad_kernel(
         token = start + tl.arange(0, BLOCK_PASSED)
         inside = token < end
         sequence = tl.load(sequences + token, mask=inside, other=-1)
-        q = _load(qkv, token, inside, 3 * H * D, D, BLOCK_D)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * _LOG2_E)  # [BLOCK_OWNED, BLOCK_PASSED]
-        p = tl.exp2(scores - (tl.load(logsumexp + token, mask=inside, other=0) * _LOG2_E)[None, :])
-        p = tl.where(key_sequence[:, None] == sequence[None, :], p, 0.0)
-        grad_out = _load(grad, token, inside, H * D, D, BLOCK_D)
+        q = load_rows(qkv, token, inside, 3 * H * D, D, BLOCK_D)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)  # [BLOCK_OWNED, BLOCK_PASSED]
+        same = key_sequence[:, None] == sequence[None, :]
+        if bias is not None:
+            scores += biases_of(bias, columns, head, key[:, None] - token[None, :], same)
+        p = tl.exp2(scores - (tl.load(logsumexp + token, mask=inside, other=0) * LOG2_E)[None, :])
+        p = tl.where(same, p, 0.0)
+        grad_out = load_rows(grad, token, inside, H * D, D, BLOCK_D)
         grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         dropped = p
         if seed is not None:
-            row_group = _query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups)
-            kept = _kept_transposed(seed_value, stream, threshold, row_group, first, BLOCK_PASSED, BLOCK_OWNED)
+            row_group = query_group(cu_seqlens, sequence, token, inside, head, tokens, row_groups)
+            kept = kept_weights_transposed(seed_value, stream, threshold, row_group, first, BLOCK_PASSED, BLOCK_OWNED)
             grad_p = tl.where(kept, grad_p * factor, 0.0)
             dropped = tl.where(kept, p, 0.0)
         grad_v = tl.dot(dropped.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
@@ -301,8 +257,53 @@ def _key_grad_kernel(
         grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
     if seed is not None:
         grad_v *= factor
-    _store(grad_qkv + H * D, key, key >= 0, grad_k * (scale / power), 3 * H * D, D, BLOCK_D)
-    _store(grad_qkv + 2 * H * D, key, key >= 0, grad_v, 3 * H * D, D, BLOCK_D)
+    store_rows(grad_qkv + H * D, key, key >= 0, grad_k * (scale / power), 3 * H * D, D, BLOCK_D)
+    store_rows(grad_qkv + 2 * H * D, key, key >= 0, grad_v, 3 * H * D, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["tokens", "row_groups", "threshold", "stream"])
+def _bias_grad_kernel(
+    grad, qkv, logsumexp, delta,  # [T, H, D], [T, 3, H, D], [H, T], [H, T]
+    cu_seqlens, sequences,
+    bias, columns,  # [H, columns]
+    parts,  # [programs, H, columns], zeros: each program's sums
+    seed, threshold, factor, stream,
+    tokens, row_groups,
+    scale,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    first = tl.program_id(0) * BLOCK
+    token = first + tl.arange(0, BLOCK)
+    inside = token < tokens
+    sequence = tl.load(sequences + token, mask=inside, other=-1)
+    begin = tl.load(cu_seqlens + tl.load(sequences + first)).to(tl.int32)
+    end = tl.load(cu_seqlens + tl.load(sequences + tl.minimum(first + BLOCK, tokens) - 1) + 1).to(tl.int32)
+    row = head.to(tl.int64) * tokens + token
+    row_logsumexp = tl.load(logsumexp + row, mask=inside, other=0) * LOG2_E
+    row_delta = tl.load(delta + row, mask=inside, other=0)
+    qkv += head * D
+    q = load_rows(qkv, token, inside, 3 * H * D, D, BLOCK_D).to(tl.float32) * (scale * LOG2_E)
+    grad_out = load_rows(grad + head * D, token, inside, H * D, D, BLOCK_D).to(tl.float32)
+    if seed is not None:
+        seed_value = tl.load(seed)
+        place = token - tl.load(cu_seqlens + sequence, mask=inside, other=0).to(tl.int32)
+    bias += head * columns + columns // 2
+    parts += (tl.program_id(0).to(tl.int64) * H + head) * columns + columns // 2
+    reach = columns // 2
+    for distance in range(tl.maximum(begin - first - BLOCK + 1, -reach), tl.minimum(end - first, reach + 1)):
+        key = token + distance
+        known = inside & (key >= begin) & (key < end)
+        same = tl.load(sequences + key, mask=known, other=-2) == sequence
+        k = load_rows(qkv + H * D, key, same, 3 * H * D, D, BLOCK_D).to(tl.float32)
+        v = load_rows(qkv + 2 * H * D, key, same, 3 * H * D, D, BLOCK_D).to(tl.float32)
+        p = tl.exp2(tl.sum(q * k, 1) + tl.load(bias + distance) * LOG2_E - row_logsumexp)
+        grad_p = tl.sum(grad_out * v, 1)
+        if seed is not None:
+            key_place = place + distance
+            bits = keep_bits(seed_value, stream, threshold, row * row_groups + key_place // 4)
+            grad_p = tl.where((bits >> (key_place & 3)) & 1 != 0, grad_p * factor, 0.0)
+        tl.store(parts + distance, tl.sum(tl.where(same, p * (grad_p - row_delta), 0.0), 0))
 
 
 class Places(NamedTuple):
@@ -327,19 +328,21 @@ class Places(NamedTuple):
         return places
 
 
-def _tile(dtype: torch.dtype, d: int, *, backward: bool = False) -> Tile:
+def _tile(dtype: torch.dtype, d: int, *, backward: bool = False, biased: bool = False) -> Tile:
     """Rows that a program owns × rows that it passes at a time, and the padded head size.
 
-    64 × 64 in backward needs more than 255 registers with heads of 64 elements and dropout. Float32 is not pipelined:
-    the predicates of the copies in flight make ptxas spill; with short heads it does so unless told of all registers.
+    64 × 64 in backward needs more than 255 registers with heads of 64 elements and dropout, as it does with a bias in
+    forward. Float32 is not pipelined: the predicates of the copies in flight make ptxas spill; with short heads, or a
+    bias, it does so unless told of all registers.
     """
     depth = max(16, triton.next_power_of_2(d))
     if dtype == torch.float32:
         if depth > 32 and dot_precision(dtype) == "ieee":  # whose operands sit in registers
             warps = 8 if backward and not on_hip() else 4  # AMD's are twice as wide: 8 would load 64 bits a lane
             return Tile(16 if backward else 32, 16, depth, warps, 1, max_registers=255)
-        return Tile(32, 32 if depth <= 64 else 16, depth, 4, 1, max_registers=255 if depth == 16 else None)
-    return Tile(64, 32 if backward or depth > 64 else 64, depth, 4, 2)
+        columns = 16 if depth > 64 or (backward and biased) else 32
+        return Tile(32, columns, depth, 4, 1, max_registers=255 if depth == 16 or biased else None)
+    return Tile(64, 32 if backward or biased or depth > 64 else 64, depth, 4, 2)
 
 
 def _constants(qkv: Tensor, tile: Tile, max_seqlen: int) -> dict[str, object]:
@@ -351,19 +354,32 @@ def _constants(qkv: Tensor, tile: Tile, max_seqlen: int) -> dict[str, object]:
     }  # fmt: skip
 
 
+def _bias_arguments(relative_bias: Tensor | None) -> dict[str, Any]:
+    if relative_bias is None:
+        return {"bias": None, "columns": 0}
+    return {"bias": relative_bias.contiguous(), "columns": relative_bias.shape[1]}
+
+
 def packed_attention_forward(
-    qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout_p: float, stream: int
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    max_seqlen: int,
+    dropout_p: float,
+    stream: int,
+    relative_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """qkv [T, 3, H, d] -> the result [T, H · d] and each row's log-sum-exp [H, T]."""
     qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.contiguous()
     tokens, _, heads, d = qkv.shape
     out, logsumexp = qkv.new_empty(tokens, heads * d), qkv.new_empty(heads, tokens, dtype=torch.float32)
     places = Places.of(cu_seqlens, tokens, dropout_p > 0)
-    tile = _tile(qkv.dtype, d)
+    tile = _tile(qkv.dtype, d, biased=relative_bias is not None)
     launch(
         _attention_kernel, (triton.cdiv(tokens, tile.rows), heads),
         qkv=qkv, cu_seqlens=cu_seqlens, **places._asdict(), out=out, logsumexp=logsumexp,
-        **dropout_arguments(dropout_p, seed, stream), **_constants(qkv, tile, max_seqlen),
+        **_bias_arguments(relative_bias), **dropout_arguments(dropout_p, seed, stream),
+        **_constants(qkv, tile, max_seqlen),
     )  # fmt: skip
     return out, logsumexp
 
@@ -378,24 +394,40 @@ def packed_attention_backward(
     max_seqlen: int,
     dropout_p: float,
     stream: int,
-) -> Tensor:
-    """grad [T, H · d] -> gradient of qkv [T, 3, H, d]."""
+    relative_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """grad [T, H · d] -> gradients of qkv [T, 3, H, d] and of the bias, [H, 0] where there is none."""
     grad, qkv, out, cu_seqlens = grad.contiguous(), qkv.contiguous(), out.contiguous(), cu_seqlens.contiguous()
     tokens, _, heads, d = qkv.shape
     grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(logsumexp)
     half = qkv.dtype == torch.float16
     largest = torch.zeros(1, dtype=torch.int32, device=qkv.device) if half else None
     places = Places.of(cu_seqlens, tokens, dropout_p > 0)
-    tile = _tile(qkv.dtype, d, backward=True)
+    tile = _tile(qkv.dtype, d, backward=True, biased=relative_bias is not None)
     shared = {
         "grad": grad, "qkv": qkv, "logsumexp": logsumexp, "delta": delta, "cu_seqlens": cu_seqlens, "largest": largest,
-        "grad_qkv": grad_qkv, **places._asdict(), **dropout_arguments(dropout_p, seed, stream),
-        **_constants(qkv, tile, max_seqlen),
+        "grad_qkv": grad_qkv, **places._asdict(), **_bias_arguments(relative_bias),
+        **dropout_arguments(dropout_p, seed, stream), **_constants(qkv, tile, max_seqlen),
     }  # fmt: skip
     launch(_query_grad_kernel, (triton.cdiv(tokens, tile.rows), heads), out=out, **shared)
     slots = len(places.slot_sequences)
     launch(_key_grad_kernel, (triton.cdiv(slots, tile.rows), heads), slots=slots, **shared)
-    return grad_qkv
+    if relative_bias is None:
+        return grad_qkv, delta.new_empty(heads, 0)
+    programs = triton.cdiv(tokens, BLOCK_BIASED)
+    parts = delta.new_zeros(programs, *relative_bias.shape)
+    launch(
+        _bias_grad_kernel, (programs, heads),
+        parts=parts, BLOCK=BLOCK_BIASED, num_warps=2,
+        **{name: shared[name] for name in _BIAS_GRAD_ARGUMENTS},
+    )  # fmt: skip
+    return grad_qkv, parts.sum(0)
+
+
+_BIAS_GRAD_ARGUMENTS = (
+    "grad", "qkv", "logsumexp", "delta", "cu_seqlens", "sequences", "bias", "columns", "seed", "threshold", "factor",
+    "stream", "tokens", "row_groups", "scale", "H", "D", "BLOCK_D",
+)  # fmt: skip
 
 
 PROMISES = {
@@ -403,6 +435,7 @@ PROMISES = {
     "_attention_kernel": ("tensor cores", "wide loads"),
     "_query_grad_kernel": ("tensor cores", "wide loads"),
     "_key_grad_kernel": ("tensor cores", "wide loads"),
+    "_bias_grad_kernel": ("wide loads",),
 }
 
 
@@ -416,4 +449,10 @@ def examples(dtype: torch.dtype, d: int) -> Iterator[Call]:
         logsumexp = meta(heads, tokens, dtype=torch.float32)
         for dropout_p in (0.0, 0.1):
             yield packed_attention_forward, (qkv, cu_seqlens, seed, 512, dropout_p, 8)
-        yield packed_attention_backward, (grad, qkv, grad, logsumexp, cu_seqlens, seed, 512, 0.1, 8)
+        bias = meta(heads, 1023, dtype=torch.float32)
+        yield packed_attention_forward, (qkv, cu_seqlens, seed, 512, 0.1, 8, bias)
+        for relative_bias in (None, bias):
+            yield (
+                packed_attention_backward,
+                (grad, qkv, grad, logsumexp, cu_seqlens, seed, 512, 0.1, 8, relative_bias),
+            )

@@ -19,8 +19,7 @@ from transformers import PretrainedConfig
 
 from triton_st import ops
 from triton_st.models.architecture import Architecture
-from triton_st.models.attention import BiasedAttention
-from triton_st.models.functional import feed_forward, fixed_row, joined, linear
+from triton_st.models.functional import fixed_row, joined
 from triton_st.models.packing import check_packed, require_integers
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -103,7 +102,7 @@ class PackedBatch:
 
     cu_seqlens: Tensor  # [B + 1]
     max_seqlen: int
-    biased: BiasedAttention | None = None  # attention of a family with a relative bias
+    relative_bias: Tensor | None = None  # [H, 2 P - 1], P >= max_seqlen, of a family that has one
 
 
 def encoder_layer(
@@ -121,12 +120,11 @@ def encoder_layer(
 ) -> Tensor:
     """One post-LayerNorm transformer layer over a packed batch.
 
-    Without a bias by relative position it is `ops.bert_layer`, which on CPU is one operator. Kept for backward are
-    7 D + I numbers a token in hidden's dtype: hidden, queries, keys and values, attention's result, both sums
-    normalised, and the first feed-forward product, I wide, of which GELU is computed again; beside them a log-sum-exp a
-    head and a number for each LayerNorm. Scores and dropout, which would grow with the length, are computed again (the
-    composed attention with a bias keeps its weights). Gradient checkpointing keeps hidden alone, D numbers a token, for
-    one more forward of the layer.
+    It is `ops.bert_layer`, which on CPU is one operator. Kept for backward are 7 D + I numbers a token in hidden's
+    dtype: hidden, queries, keys and values, attention's result, both sums normalised, and the first feed-forward
+    product, I wide, of which GELU is computed again; beside them a log-sum-exp a head and a number for each LayerNorm.
+    Scores and dropout, which would grow with the length, are computed again. Gradient checkpointing keeps hidden alone,
+    D numbers a token, for one more forward of the layer.
 
     Args:
         hidden: [T, D] in the activation dtype.
@@ -149,40 +147,21 @@ def encoder_layer(
     w = weights
     qkv_weight = joined(w.query_weight, w.key_weight, w.value_weight)
     qkv_bias = joined(w.query_bias, w.key_bias, w.value_bias)
-    if batch.biased is None:
-        return ops.bert_layer(
-            hidden,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            ops.BertLayerParameters(qkv_weight, qkv_bias, *w[_QKV:]),
-            heads,
-            eps,
-            attention_dropout_p=attention_dropout_p,
-            projection_dropout_p=projection_dropout_p,
-            hidden_dropout_p=hidden_dropout_p,
-            seed=seed,
-            stream=stream,
-            pool=pool,
-        )
-    qkv = linear(hidden, qkv_weight, qkv_bias).view(hidden.shape[0], 3, heads, hidden.shape[1] // heads)
-    attended = batch.biased(qkv, batch.max_seqlen, attention_dropout_p, seed, stream)
-    hidden = ops.dropout_add_layer_norm(
-        linear(attended, w.projection_weight, as_computed=True),
+    return ops.bert_layer(
         hidden,
-        w.attention_norm_weight,
-        w.attention_norm_bias,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        ops.BertLayerParameters(qkv_weight, qkv_bias, *w[_QKV:]),
+        heads,
         eps,
-        x_bias=w.projection_bias,
-        dropout_p=projection_dropout_p,
+        attention_dropout_p=attention_dropout_p,
+        projection_dropout_p=projection_dropout_p,
+        hidden_dropout_p=hidden_dropout_p,
         seed=seed,
-        stream=stream + 1,
+        stream=stream,
+        pool=pool,
+        relative_bias=batch.relative_bias,
     )
-    down = feed_forward(hidden, w.up_weight, w.up_bias, w.down_weight)
-    norm = (w.output_norm_weight, w.output_norm_bias, eps)
-    end: dict[str, Any] = {"x_bias": w.down_bias, "dropout_p": hidden_dropout_p, "seed": seed, "stream": stream + 2}
-    if pool:
-        return ops.layer_norm_mean_pool(down, hidden, *norm, batch.cu_seqlens, **end)
-    return ops.dropout_add_layer_norm(down, hidden, *norm, **end)
 
 
 class Embeddings(nn.Module):
@@ -284,8 +263,8 @@ class PackedEncoder(nn.Module):
         """The layers, first to last."""
         raise NotImplementedError
 
-    def biased_attention(self, cu_seqlens: Tensor, max_seqlen: int) -> BiasedAttention | None:
-        """Attention with a bias by relative position over these sequences; None: without, as most families have it."""
+    def relative_bias(self, reach: int) -> Tensor | None:
+        """`ops.packed_attention`'s relative_bias for sequences of at most `reach` tokens; None in most families."""
         return None
 
     def initialise(self) -> None:
@@ -355,13 +334,12 @@ class PackedEncoder(nn.Module):
     ) -> Tensor:
         """As `forward`, with activations in `dtype`, of a batch that is known to be packed right.
 
-        No value of a tensor is read where Triton serves and attention has no relative bias: nothing waits for the GPU,
-        and a CUDA graph can hold it.
+        No value of a tensor is read where Triton serves: nothing waits for the GPU, and a CUDA graph can hold it.
         """
         a = self.architecture
         if not torch.compiler.is_compiling():
             self._check_dtype(dtype)
-        batch = PackedBatch(cu_seqlens, max_seqlen, self.biased_attention(cu_seqlens, max_seqlen))
+        batch = PackedBatch(cu_seqlens, max_seqlen, self.relative_bias(max(max_seqlen, 1)))
         seed = self._draw_seed(input_ids.device) if self.training and dropout else None
         hidden = self.embeddings(input_ids, cu_seqlens, token_type_ids, dtype, seed)
         if pool and a.layers == 0:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import MPNetConfig, PretrainedConfig
 
 from triton_st.models.architecture import Architecture
-from triton_st.models.attention import AttentionPlan, BiasedAttention, untraced
 from triton_st.models.bert import BertIntermediate, BertOutput
 from triton_st.models.encoder import EncoderLayer, LayerWeights, PackedEncoder, Pooler, weights_of
 
@@ -103,14 +102,11 @@ class MPNetModel(PackedEncoder):
         """As `PackedEncoder`."""
         return cast("Sequence[EncoderLayer]", self.encoder.layer)
 
-    @untraced
-    def biased_attention(self, cu_seqlens: Tensor, max_seqlen: int) -> BiasedAttention:
+    def relative_bias(self, reach: int) -> Tensor:
         """As `PackedEncoder`."""
         weight = self.encoder.relative_attention_bias.weight
-        reach = max(max_seqlen, 1)
         distances = torch.arange(1 - reach, reach, device=weight.device)
-        bias = nn.functional.embedding(_bucket(distances), weight).t()
-        return BiasedAttention(AttentionPlan.build(cu_seqlens.diff().tolist(), cu_seqlens.device), bias)
+        return nn.functional.embedding(_bucket(distances), weight).t()
 
 
 def _bucket(distance: Tensor) -> Tensor:

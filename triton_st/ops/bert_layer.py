@@ -15,7 +15,13 @@ from triton_st.ops.bias_gelu import bias_gelu
 from triton_st.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from triton_st.ops.layer_norm_mean_pool import layer_norm_mean_pool
 from triton_st.ops.mean_pool import check_cu_seqlens, check_cu_seqlens_values, packed_mean_pool
-from triton_st.ops.packed_attention import MAX_HEAD_SIZE, packed_attention
+from triton_st.ops.packed_attention import (
+    MAX_HEAD_SIZE,
+    check_reach,
+    check_relative_bias,
+    empty_bias_gradient,
+    packed_attention,
+)
 from triton_st.reference.bert_layer import BertLayerParameters
 
 _COUNT = len(BertLayerParameters._fields)
@@ -39,6 +45,7 @@ def bert_layer(
     seed: Tensor | None = None,
     stream: int = 0,
     pool: bool = False,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
     """Self-attention and the feed-forward block, each with dropout, residual sum and LayerNorm after it.
 
@@ -62,6 +69,7 @@ def bert_layer(
         stream: names the layer: attention drops at stream, the projection at stream + 1, the feed-forward block at
             stream + 2.
         pool: give the mean of each sequence instead: of a model's last layer, all that its embeddings need.
+        relative_bias: [H, 2 P - 1], added to attention's scores: see `packed_attention`.
 
     Returns:
         [T, D] in hidden's dtype; with `pool` [B, D], 0 for an empty sequence.
@@ -74,16 +82,19 @@ def bert_layer(
     """
     settings = (attention_dropout_p, projection_dropout_p, hidden_dropout_p, stream)
     if hidden.device.type == "cpu" and (torch.compiler.is_compiling() or backend.select(hidden) != "triton"):
-        keep = torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in parameters))
+        keep = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (hidden, relative_bias, *parameters)
+        )
         out = call(
-            "bert_layer_forward", hidden, cu_seqlens, seed, *parameters, max_seqlen, heads, eps, *settings, keep
-        )[0]
+            "bert_layer_forward", hidden, cu_seqlens, seed, *parameters, max_seqlen, heads, eps, *settings, keep,
+            relative_bias,
+        )[0]  # fmt: skip
         return packed_mean_pool(out, cu_seqlens) if pool else out
-    _check(hidden, cu_seqlens, seed, *parameters, max_seqlen, heads, eps, *settings, True)
+    _check(hidden, cu_seqlens, seed, *parameters, max_seqlen, heads, eps, *settings, True, relative_bias)
     p = parameters
     qkv = F.linear(hidden, p.qkv_weight.to(hidden.dtype), p.qkv_bias.to(hidden.dtype))
     qkv = qkv.view(hidden.shape[0], 3, heads, hidden.shape[1] // heads)
-    attended = packed_attention(qkv, cu_seqlens, max_seqlen, attention_dropout_p, seed, stream)
+    attended = packed_attention(qkv, cu_seqlens, max_seqlen, attention_dropout_p, seed, stream, relative_bias)
     middle = dropout_add_layer_norm(
         F.linear(attended, p.projection_weight.to(hidden.dtype)),
         hidden,
@@ -124,7 +135,7 @@ def _check_parameters(hidden: Tensor, inner: int, parameters: dict[str, Tensor])
 
 def _check(hidden: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *rest: Any) -> None:
     parameters = BertLayerParameters(*rest[:_COUNT])
-    _, heads, eps, *dropouts, _, _ = rest[_COUNT:]
+    _, heads, eps, *dropouts, _, _, relative_bias = rest[_COUNT:]
     require_floating(hidden=hidden)
     require_dims(hidden, "hidden", "[T, D]")
     check_cu_seqlens(cu_seqlens)
@@ -136,6 +147,7 @@ def _check(hidden: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *rest: Any) 
     require_dims(parameters.up_weight, "up_weight", "[I, D]")
     _check_parameters(hidden, parameters.up_weight.shape[0], parameters._asdict())
     check_eps(eps)
+    check_relative_bias(relative_bias, heads, hidden, "hidden")
     for p in dropouts:
         check_dropout(p, seed, hidden.device)
 
@@ -144,6 +156,7 @@ def _check_values(hidden: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *rest
     longest, max_seqlen = check_cu_seqlens_values(cu_seqlens, len(hidden)), rest[_COUNT]
     if longest > max_seqlen:
         raise ValueError(f"max_seqlen must be at least {longest}, the longest sequence's length, got {max_seqlen}")
+    check_reach(rest[-1], longest)
 
 
 def _kept_shapes(hidden: Tensor, inner: int, heads: int, tokens: int) -> tuple[tuple[int, ...], ...]:
@@ -153,7 +166,7 @@ def _kept_shapes(hidden: Tensor, inner: int, heads: int, tokens: int) -> tuple[t
 
 
 def _fake(hidden: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    up_weight, heads, keep = BertLayerParameters(*rest[:_COUNT]).up_weight, rest[_COUNT + 1], rest[-1]
+    up_weight, heads, keep = BertLayerParameters(*rest[:_COUNT]).up_weight, rest[_COUNT + 1], rest[-2]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shapes = _kept_shapes(hidden, up_weight.shape[0], heads, hidden.shape[0] if keep else 0)
     dtypes = [wide if name in ("lse", "rstd1", "rstd2") else hidden.dtype for name in _KEPT]
@@ -164,7 +177,7 @@ def _fake(hidden: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *rest: Any) -
 def _check_backward(grad: Tensor, hidden: Tensor, *rest: Any) -> None:
     kept, (cu_seqlens, seed), rest = rest[: len(_KEPT)], rest[len(_KEPT) : len(_KEPT) + 2], rest[len(_KEPT) + 2 :]
     parameters = dict(zip(_IN_BACKWARD, rest[: len(_IN_BACKWARD)], strict=True))
-    _, *dropouts, _ = rest[len(_IN_BACKWARD) :]
+    _, *dropouts, _, relative_bias = rest[len(_IN_BACKWARD) :]
     require_floating(hidden=hidden, grad=grad)
     require_dims(hidden, "hidden", "[T, D]")
     if grad.shape != hidden.shape:
@@ -183,6 +196,7 @@ def _check_backward(grad: Tensor, hidden: Tensor, *rest: Any) -> None:
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} with hidden in {hidden.dtype}, got {tensor.dtype}")
         require_device("hidden", hidden, **{name: tensor})
+    check_relative_bias(relative_bias, kept[0].shape[2], hidden, "hidden")
     for p in dropouts:
         check_dropout(p, seed, hidden.device)
 
@@ -194,31 +208,38 @@ def _check_backward_values(grad: Tensor, hidden: Tensor, *rest: Any) -> None:
     )
     if longest > max_seqlen:
         raise ValueError(f"max_seqlen must be at least {longest}, the longest sequence's length, got {max_seqlen}")
+    check_reach(rest[-1], longest)
 
 
 def _fake_backward(grad: Tensor, hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     parameters = dict(zip(_IN_BACKWARD, rest[len(_KEPT) + 2 :], strict=False))
     up_weight, size = parameters["up_weight"], hidden.shape[1]
     shapes = _parameter_shapes(size, up_weight.shape[0])
-    return hidden.new_empty(hidden.shape), *(up_weight.new_empty(shape) for shape in shapes.values())
+    grads = (up_weight.new_empty(shape) for shape in shapes.values())
+    return hidden.new_empty(hidden.shape), *grads, empty_bias_gradient(rest[-1], rest[0].shape[2], hidden)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, cu_seqlens, seed, *rest = inputs
     parameters = BertLayerParameters(*rest[:_COUNT])._asdict()
-    max_seqlen, _, _, *dropouts, stream, _ = rest[_COUNT:]
+    max_seqlen, _, _, *dropouts, stream, _, relative_bias = rest[_COUNT:]
     ctx.settings = (max_seqlen, *dropouts, stream)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, *output[1:], cu_seqlens, seed, *(parameters[name] for name in _IN_BACKWARD))
+    ctx.save_for_backward(
+        hidden, *output[1:], cu_seqlens, seed, *(parameters[name] for name in _IN_BACKWARD), relative_bias
+    )
 
 
 def _backward(ctx: Any, grad: Tensor | None, *unused: Tensor) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 8
     if grad is None:
-        return (None,) * (3 + _COUNT) + nothing
-    grad_hidden, *grads = call("bert_layer_backward", grad, *ctx.saved_tensors, *ctx.settings, checked=True)
-    return grad_hidden, None, None, *grads, *nothing
+        return (None,) * (3 + _COUNT) + nothing + (None,)
+    *saved, relative_bias = ctx.saved_tensors
+    grad_hidden, *grads, grad_bias = call(
+        "bert_layer_backward", grad, *saved, *ctx.settings, relative_bias, checked=True
+    )
+    return grad_hidden, None, None, *grads, *nothing, None if relative_bias is None else grad_bias
 
 
 def _tensors(names: tuple[str, ...]) -> str:
@@ -228,7 +249,7 @@ def _tensors(names: tuple[str, ...]) -> str:
 define(
     f"bert_layer_forward(Tensor hidden, Tensor cu_seqlens, Tensor? seed, {_tensors(BertLayerParameters._fields)},"
     " SymInt max_seqlen, int heads, float eps, float attention_dropout_p, float projection_dropout_p,"
-    f" float hidden_dropout_p, int stream, bool keep) -> (Tensor out, {_tensors(_KEPT)})",
+    f" float hidden_dropout_p, int stream, bool keep, Tensor? relative_bias) -> (Tensor out, {_tensors(_KEPT)})",
     check=_check,
     check_values=_check_values,
     fake=_fake,
@@ -236,7 +257,7 @@ define(
 define(
     f"bert_layer_backward(Tensor grad, Tensor hidden, {_tensors(_KEPT)}, Tensor cu_seqlens, Tensor? seed,"
     f" {_tensors(_IN_BACKWARD)}, SymInt max_seqlen, float attention_dropout_p, float projection_dropout_p,"
-    f" float hidden_dropout_p, int stream) -> ({', '.join(['Tensor'] * (1 + _COUNT))})",
+    f" float hidden_dropout_p, int stream, Tensor? relative_bias) -> ({', '.join(['Tensor'] * (2 + _COUNT))})",
     check=_check_backward,
     check_values=_check_backward_values,
     fake=_fake_backward,

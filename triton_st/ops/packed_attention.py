@@ -21,8 +21,9 @@ def packed_attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
-    """dropout(softmax(q kᵀ / √d)) v within each sequence, every token attending to every other of its own.
+    """dropout(softmax(q kᵀ / √d + bias)) v within each sequence, every token attending to every other of its own.
 
     Scores, softmax and sums are float32. What is kept for the gradient is one number per row, its log-sum-exp; scores
     and dropout are computed again. The dropout of weight (head h, token t of the batch, key j of its sequence) is that
@@ -35,6 +36,8 @@ def packed_attention(
         dropout_p: probability of dropping a weight.
         seed: int64, one element, on qkv's device; needed where dropout_p is not 0.
         stream: names the place in the model, so that no two places drop alike under one seed.
+        relative_bias: [H, 2 P - 1], float32 (float64 if qkv is), P at least the longest sequence's length: added to the
+            score of a key by its distance from the query, key minus query, which counts from 1 - P.
 
     Returns:
         [T, H · d] in qkv's dtype. A finite value past float16's range becomes its largest.
@@ -45,13 +48,50 @@ def packed_attention(
         TypeError: a dtype is not one of the above.
 
     References: Vaswani et al., https://arxiv.org/abs/1706.03762; Dao, FlashAttention-2,
-    https://arxiv.org/abs/2307.08691.
+    https://arxiv.org/abs/2307.08691; Raffel et al., "T5", https://arxiv.org/abs/1910.10683, section 2.1.
     """
-    return call("packed_attention_forward", qkv, cu_seqlens, seed, max_seqlen, dropout_p, stream)[0]
+    return call("packed_attention_forward", qkv, cu_seqlens, seed, max_seqlen, dropout_p, stream, relative_bias)[0]
+
+
+def check_relative_bias(relative_bias: Tensor | None, heads: int, like: Tensor, name: str) -> None:
+    """A bias of `heads` heads fits the activations `like`, which are called `name`."""
+    if relative_bias is None:
+        return
+    if not isinstance(relative_bias, Tensor):
+        raise TypeError(f"relative_bias must be a tensor, got {type(relative_bias).__name__}")
+    require_device(name, like, relative_bias=relative_bias)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    if relative_bias.dtype != wide:
+        raise TypeError(f"relative_bias must be {wide} with {name} in {like.dtype}, got {relative_bias.dtype}")
+    shape = relative_bias.shape
+    if relative_bias.dim() != 2 or shape[0] != heads or shape[1] % 2 == 0:
+        raise ValueError(f"relative_bias must be [H, 2 P - 1] with {heads} heads, got shape {list(shape)}")
+
+
+def check_reach(relative_bias: Tensor | None, longest: int) -> None:
+    """A bias has a number for every distance in sequences of `longest` tokens."""
+    if relative_bias is not None and relative_bias.shape[1] < 2 * longest - 1:
+        raise ValueError(
+            f"relative_bias must have at least {2 * longest - 1} columns for sequences of {longest} tokens, got"
+            f" {relative_bias.shape[1]}"
+        )
+
+
+def empty_bias_gradient(relative_bias: Tensor | None, heads: int, like: Tensor) -> Tensor:
+    """Memory for the gradient of a bias; of none, [H, 0]."""
+    if relative_bias is not None:
+        return relative_bias.new_empty(relative_bias.shape)
+    return like.new_empty(heads, 0, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def _check(
-    qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout_p: float, stream: int
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    max_seqlen: int,
+    dropout_p: float,
+    stream: int,
+    relative_bias: Tensor | None,
 ) -> None:
     require_floating(qkv=qkv)
     require_dims(qkv, "qkv", "[T, 3, H, d]")
@@ -64,14 +104,22 @@ def _check(
     if not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
     check_dropout(dropout_p, seed, qkv.device)
+    check_relative_bias(relative_bias, qkv.shape[2], qkv, "qkv")
 
 
 def _check_values(
-    qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout_p: float, stream: int
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    max_seqlen: int,
+    dropout_p: float,
+    stream: int,
+    relative_bias: Tensor | None,
 ) -> None:
     longest = check_cu_seqlens_values(cu_seqlens, len(qkv))
     if longest > max_seqlen:
         raise ValueError(f"max_seqlen must be at least {longest}, the longest sequence's length, got {max_seqlen}")
+    check_reach(relative_bias, longest)
 
 
 def _check_backward(grad: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, *rest: Any) -> None:
@@ -97,28 +145,33 @@ def _fake(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, seed, *ctx.settings = inputs
+    qkv, cu_seqlens, seed, *ctx.settings, relative_bias = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(qkv, *output, cu_seqlens, seed)
+    ctx.save_for_backward(qkv, *output, cu_seqlens, seed, relative_bias)
 
 
 def _backward(ctx: Any, grad: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
-    grad_qkv = call("packed_attention_backward", grad, *ctx.saved_tensors, *ctx.settings, checked=True)
-    return grad_qkv, None, None, None, None, None
+    *saved, relative_bias = ctx.saved_tensors
+    grad_qkv, grad_bias = call("packed_attention_backward", grad, *saved, *ctx.settings, relative_bias, checked=True)
+    return grad_qkv, None, None, None, None, None, None if relative_bias is None else grad_bias
+
+
+def _fake_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), empty_bias_gradient(rest[-1], qkv.shape[2], qkv)
 
 
 define(
     "packed_attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor? seed, SymInt max_seqlen, float dropout_p,"
-    " int stream) -> (Tensor out, Tensor logsumexp)",
+    " int stream, Tensor? relative_bias) -> (Tensor out, Tensor logsumexp)",
     check=_check,
     check_values=_check_values,
     fake=_fake,
 )
 define(
     "packed_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor logsumexp, Tensor cu_seqlens, Tensor? seed,"
-    " SymInt max_seqlen, float dropout_p, int stream) -> Tensor",
+    " SymInt max_seqlen, float dropout_p, int stream, Tensor? relative_bias) -> (Tensor, Tensor)",
     check=_check_backward,
     check_values=lambda grad, qkv, out, logsumexp, *rest: _check_values(qkv, *rest),
-    fake=lambda grad, qkv, *rest: qkv.new_empty(qkv.shape),
+    fake=_fake_backward,
 )
 differentiable("packed_attention_forward", _backward, _setup, by="packed_attention_backward")

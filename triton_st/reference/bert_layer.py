@@ -54,26 +54,27 @@ def bert_layer(
     hidden_dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
     """hidden [T, D], cu_seqlens [B + 1] -> [T, D]."""
     settings = (max_seqlen, heads, eps, attention_dropout_p, projection_dropout_p, hidden_dropout_p, stream)
-    return bert_layer_forward(hidden, cu_seqlens, seed, *parameters, *settings, True)[0]
+    return bert_layer_forward(hidden, cu_seqlens, seed, *parameters, *settings, True, relative_bias)[0]
 
 
 def bert_layer_forward(
     hidden: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *parameters_and_settings: Any
 ) -> tuple[Tensor, ...]:
-    """The result [T, D] and, if the last setting (`keep`) says so, what the gradient needs; else empty tensors.
+    """The result [T, D] and, if the setting `keep` says so, what the gradient needs; else empty tensors.
 
     Kept: qkv [T, 3, H, d], attention's log-sum-exp [H, T] and result [T, D], the first sum normalised [T, D] and its
     inverse deviation [T], the input of GELU [T, I], and the second sum's [T, D] and [T].
     """
     p = BertLayerParameters(*parameters_and_settings[:12])
-    max_seqlen, heads, eps, attention_p, projection_p, hidden_p, stream, keep = parameters_and_settings[12:]
+    max_seqlen, heads, eps, attention_p, projection_p, hidden_p, stream, keep, bias = parameters_and_settings[12:]
     dtype = hidden.dtype
     qkv = saturate(F.linear(widen(hidden), _weight(p.qkv_weight, hidden), p.qkv_bias), dtype)
     qkv = qkv.view(len(hidden), 3, heads, hidden.shape[1] // heads)
-    attended, lse = packed_attention_forward(qkv, cu_seqlens, seed, max_seqlen, attention_p, stream)
+    attended, lse = packed_attention_forward(qkv, cu_seqlens, seed, max_seqlen, attention_p, stream, bias)
 
     projected = F.linear(widen(attended), _weight(p.projection_weight, hidden))
     total = residual_sum(projected, hidden, p.projection_bias, seed, projection_p, stream + 1)
@@ -119,8 +120,9 @@ def bert_layer_backward(
     projection_dropout_p: float,
     hidden_dropout_p: float,
     stream: int,
+    relative_bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of hidden [T, D] and of the parameters, in the order of `BertLayerParameters`."""
+    """Gradients of hidden [T, D], of the parameters, in the order of `BertLayerParameters`, and of the bias."""
 
     def through_norm(grad: Tensor, norm: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         unit = widen(norm)
@@ -136,9 +138,10 @@ def bert_layer_backward(
     grad_sum1, grad_norm1_weight, grad_norm1_bias = through_norm(grad_middle, norm1, rstd1, attention_norm_weight)
     grad_projected = dropout(grad_sum1, projection_dropout_p, seed, stream + 1)
     grad_attended = grad_projected @ _weight(projection_weight, hidden)
-    settings = (max_seqlen, attention_dropout_p, stream)
-    grad_qkv = widen(packed_attention_backward(grad_attended, qkv, attended, lse, cu_seqlens, seed, *settings))
-    grad_qkv = grad_qkv.flatten(1)  # [T, 3 · D]
+    grad_qkv, grad_bias = packed_attention_backward(
+        grad_attended, qkv, attended, lse, cu_seqlens, seed, max_seqlen, attention_dropout_p, stream, relative_bias
+    )
+    grad_qkv = widen(grad_qkv).flatten(1)  # [T, 3 · D]
     grad_hidden = grad_qkv @ _weight(qkv_weight, hidden) + grad_sum1
     return (
         grad_hidden.to(hidden.dtype),
@@ -154,4 +157,5 @@ def bert_layer_backward(
         grad_fed.sum(0),
         grad_norm2_weight,
         grad_norm2_bias,
+        grad_bias,
     )
