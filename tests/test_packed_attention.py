@@ -70,8 +70,8 @@ def biased(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def test_bias_by_relative_position(name: str, dtype: torch.dtype, dropout_p: float, device: torch.device) -> None:
     with serving(name, OPERATOR, dtype, device):
         for lengths, size in shapes(name, device):
-            if max(lengths) == 1:
-                continue  # whose gradient is a difference of equal numbers
+            if max(lengths) == 1 or (interpreted(name, device) and max(lengths) > 64):
+                continue  # the gradient is a difference of equal numbers; the interpreter is slow
             reach = max(lengths) + len(lengths) % 3
             bias = 2 * randn(2, 2 * reach - 1, dtype=dtype, device=device)
             arguments = (*inputs(lengths, size, dtype, device, dropout_p), bias)

@@ -331,18 +331,19 @@ class Places(NamedTuple):
 def _tile(dtype: torch.dtype, d: int, *, backward: bool = False, biased: bool = False) -> Tile:
     """Rows that a program owns × rows that it passes at a time, and the padded head size.
 
-    64 × 64 in backward needs more than 255 registers with heads of 64 elements and dropout, as it does with a bias in
-    forward. Float32 is not pipelined: the predicates of the copies in flight make ptxas spill; with short heads, or a
-    bias, it does so unless told of all registers.
+    64 × 64 in backward needs more than 255 registers with heads of 64 elements and dropout, as it does in forward with
+    heads of 32 and a bias. Float32 is not pipelined: the predicates of the copies in flight make ptxas spill; with
+    short heads, and with a bias in backward, it does so unless told of all registers.
     """
     depth = max(16, triton.next_power_of_2(d))
     if dtype == torch.float32:
         if depth > 32 and dot_precision(dtype) == "ieee":  # whose operands sit in registers
             warps = 8 if backward and not on_hip() else 4  # AMD's are twice as wide: 8 would load 64 bits a lane
             return Tile(16 if backward else 32, 16, depth, warps, 1, max_registers=255)
-        columns = 16 if depth > 64 or (backward and biased) else 32
-        return Tile(32, columns, depth, 4, 1, max_registers=255 if depth == 16 or biased else None)
-    return Tile(64, 32 if backward or biased or depth > 64 else 64, depth, 4, 2)
+        crowded = backward and biased
+        columns = 16 if depth > 64 or crowded else 32
+        return Tile(32, columns, depth, 4, 1, max_registers=255 if depth == 16 or crowded else None)
+    return Tile(64, 32 if backward or depth > 64 or (biased and depth > 16) else 64, depth, 4, 2)
 
 
 def _constants(qkv: Tensor, tile: Tile, max_seqlen: int) -> dict[str, object]:
