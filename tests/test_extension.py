@@ -185,6 +185,7 @@ def test_library_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 PARITY = """
 import sys
+from functools import partial
 sys.path.insert(0, {tests!r})
 import torch
 from tolerance import assert_matches_reference
@@ -199,6 +200,7 @@ with backend.use("cpp"):
             a, b, tokens = cpu(9, d).to(dtype), cpu(18, d).to(dtype), cpu(140, d).to(dtype)
             cu_seqlens = torch.tensor([0, 1, 1, 6, 140])
             heads, sums = cpu(140, 3, 2, d).to(dtype), (tokens, tokens.flip(0), cpu(d), cpu(1, d)[0])
+            attention = heads, cu_seqlens, 134, 0.1, torch.tensor(7)
             mask = torch.rand(4, 35, generator=torch.Generator().manual_seed(d)) > 0.5
             for op, plain, inputs, magnitude in (
                 (ops.packed_mean_pool, reference.packed_mean_pool, (tokens, cu_seqlens), 0),
@@ -206,7 +208,8 @@ with backend.use("cpp"):
                 (ops.cosine_similarity, reference.cosine_similarity, (a, b), 0),
                 (ops.cosine_similarity, reference.cosine_similarity, (a.float().mul(1e30).to(dtype), b), 0),
                 (ops.mnrl_loss, reference.mnrl_loss, (a, b, 5.0), 5.0),
-                (ops.packed_attention, reference.packed_attention, (heads, cu_seqlens, 134, 0.1, torch.tensor(7)), 0),
+                (ops.packed_attention, reference.packed_attention, attention, 0),
+                (*(partial(m.packed_attention, relative_bias=cpu(2, 267)) for m in (ops, reference)), attention, 0),
                 (ops.dropout_add_layer_norm, reference.dropout_add_layer_norm, (*sums, 1e-5), 0),
                 (ops.layer_norm_mean_pool, reference.layer_norm_mean_pool, (*sums, 1e-5, cu_seqlens), 0),
                 (ops.bias_gelu, reference.bias_gelu, (tokens, cpu(d)), 0),
