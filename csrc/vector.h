@@ -166,7 +166,18 @@ inline float sum(Vec x) {
 
 // --- functions ---
 
+// The larger and the lesser; b where either is NaN. By name, since GCC makes two instructions of a choice in which one
+// side is a constant.
+#if defined(TRITON_ST_AVX512)
+inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+#elif defined(TRITON_ST_AVX2)
+inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec minimum(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+#else
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 
 inline Vec absolute(Vec x) { return as_floats(as_ints(x) & 0x7fffffff); }
 
@@ -178,8 +189,7 @@ inline float largest(Vec x) {
 
 // e^x within 2 ulp; 0 at −inf and wherever the result is below the smallest fp32, inf above the largest, NaN at NaN.
 inline Vec exp(Vec x) {
-  x = x < splat(-104.f) ? splat(-104.f) : x;  // written so that NaN passes
-  x = x > splat(89.f) ? splat(89.f) : x;
+  x = minimum(splat(89.f), maximum(splat(-104.f), x));  // in this order a NaN stays
   const Vec magic = splat(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
   const Vec shifted = fma(x, splat(1.44269504f), magic);
   const Vec n = shifted - magic;
@@ -228,9 +238,8 @@ inline Vec log(Vec x) {
 template <class T>
 inline Vec saturated(Vec x) {
   if constexpr (!std::is_same_v<T, Half>) return x;
-  const Vec limit = splat(65504.f), size = absolute(x);
-  const Vec clamped = size > limit ? as_floats(as_ints(limit) | (as_ints(x) & std::numeric_limits<int32_t>::min())) : x;
-  return size < splat(std::numeric_limits<float>::infinity()) ? clamped : x;
+  const Vec clamped = minimum(splat(65504.f), maximum(splat(-65504.f), x));
+  return absolute(x) < splat(std::numeric_limits<float>::infinity()) ? clamped : x;
 }
 
 // Transposes a square of kWidth × kWidth lanes.
