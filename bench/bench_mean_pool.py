@@ -22,6 +22,7 @@ from triton_st import ops, reference
 SHAPES = [(1, 8, 384), (8, 16, 384), (32, 32, 384), (128, 64, 50), (64, 128, 384), (512, 128, 384), (512, 128, 50)]
 MEMORY_BYTES = 2 << 20  # of fewer bytes a probe of memory measures calls
 CACHE_BYTES = 64 << 20  # more than the caches hold
+HUGE_PAGE = 2 << 20  # bytes
 
 Pool = Callable[[Tensor], Tensor]
 
@@ -59,7 +60,8 @@ def write_new(size: int) -> Tensor:
 
 def write_new_huge_pages(size: int) -> Tensor:
     """The same for large memory, which is new to the process each time: mapping it takes longer than writing it."""
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = -(-size // HUGE_PAGE) * HUGE_PAGE  # the system gives huge pages alone to nothing else
+    memory = mmap.mmap(-1, whole, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32, count=size // 4).fill_(1.0)
 

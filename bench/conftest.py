@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -57,7 +58,8 @@ class Interleaved(Protocol):
 
 @pytest.fixture
 def interleaved(benchmark: BenchmarkFixture) -> Interleaved:
-    """Time functions in turns, so that what else the machine does meets them all, and record medians in extra_info.
+    """Time functions in turns of changing order, so that what else the machine does, and what each leaves in the
+    caches, meets them all; record medians in extra_info.
 
     `limit` is a name and functions that do the least that the work needs (move its bytes, multiply its matrices): ours
     takes at best as long as the quickest of them. Parity is the caller's to assert beforehand. `info` is recorded as
@@ -75,8 +77,9 @@ def interleaved(benchmark: BenchmarkFixture) -> Interleaved:
         a_round = sum(once[name] * calls[name] for name in runs)
         rounds = min(max(round(SECONDS_PER_CASE / a_round), 3), 40)
         samples: dict[str, list[float]] = {name: [] for name in runs}
+        order = random.Random(0)  # who comes next finds in the caches what the one before left there
         for _ in range(rounds):
-            for name, run in runs.items():
+            for name, run in order.sample(list(runs.items()), len(runs)):
                 samples[name].append(_time(run, calls[name]))
         medians = {name: statistics.median(each) for name, each in samples.items()}
         limit_seconds = min((medians.pop(name) for name in limits), default=None)
