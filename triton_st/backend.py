@@ -8,6 +8,7 @@ cannot serve is then an error, never a silent fallback. `TRITON_ST_DISABLE=1` fo
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -88,16 +89,23 @@ def select(tensor: torch.Tensor) -> str:
         return _forced
     if tensor.dtype not in KERNEL_DTYPES:
         return "reference"
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         return "cpp" if extension.available() else "reference"
     return "triton" if triton_problem(tensor.device) is None else "reference"
+
+
+@functools.cache
+def _compiled(name: str) -> Callable[..., Any]:
+    """The C++ operator `name`: its only overload, which need not be looked for among several at every call."""
+    operator: Callable[..., Any] = getattr(torch.ops.triton_st_cpp, name).default
+    return operator
 
 
 def kernel(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The function that computes operator `name` for `tensor`: one name, one signature, in all three backends."""
     selected = select(tensor)
     if selected == "cpp":
-        return getattr(torch.ops.triton_st_cpp, name)
+        return _compiled(name)
     if selected == "triton":
         from triton_st import kernels
 

@@ -115,7 +115,7 @@ def differentiable(name: str, backward: Callable[..., Any], setup_context: Calla
     def refuse(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(f"triton_st::{name} has no second derivative; triton_st.reference has all of them")
 
-    implementation = _implementations[name]
+    implementation, rule = _implementations[name], staticmethod(backward)
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -124,9 +124,7 @@ def differentiable(name: str, backward: Callable[..., Any], setup_context: Calla
             setup_context(ctx, args, result)
             return result
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
-            return backward(ctx, *grads)
+        backward = rule
 
     _functions[name] = Function
 
