@@ -22,7 +22,7 @@ from bench.resources import minilm_folder
 
 HERE = Path(__file__).parent
 PACKAGES = {
-    "ort": ["onnxruntime", "onnx", "tokenizers"],
+    "ort": ["onnxruntime", "onnx", "sympy", "tokenizers"],
     "ov": ["openvino", "nncf", "tokenizers"],
     "ct2": ["ctranslate2", "safetensors", "tokenizers"],
     "fe": ["fastembed"],
