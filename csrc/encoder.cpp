@@ -4,6 +4,8 @@
 // its activations in its own cache. A few short sequences are worked on by all threads together, stage by stage:
 // reading the weights is then what takes time, and each thread reads its share. So are a few long ones that would leave
 // half of the threads idle. Both ways give the same bits.
+#include <unistd.h>
+
 #include <thread>
 
 #include "encoder_pass.h"
@@ -19,8 +21,6 @@ constexpr int64_t kRunTokens = 384;
 constexpr int64_t kLeastRunTokens = 64;
 constexpr int64_t kSharedTokensPerThread = 64;
 constexpr int64_t kSharedTokens = 2048;  // of long sequences: what all their activations take in memory stays allocated
-// Memory for the widest activations of a block of rows: with a panel of weights it fits the second-level cache.
-constexpr int64_t kHiddenBytes = 512 << 10;
 constexpr int64_t kUnitRows = 16, kUnitPanels = 2;  // what a thread takes of a shared stage
 
 template <class P>
@@ -31,17 +31,39 @@ void finish_sequence(const Pass<P>& pass, const Batch& batch, const Output& outp
 
 // --- one thread, whole sequences ---
 
+// Bytes of a thread's second-level cache.
+int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t said = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    said = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return said > 0 ? std::clamp<int64_t>(said, 512 << 10, 4 << 20) : 1 << 20;
+  }();
+  return bytes;
+}
+
+// Rows whose widest activations take half of the second-level cache; weights and what else there is lie beside them.
+template <class P>
+int64_t most_block_rows(const Sizes& sizes) {
+  const int64_t columns = std::min(sizes.padded_intermediate(), kFeedColumns<P>), hidden = sizes.padded_hidden();
+  int64_t row_bytes = columns * static_cast<int64_t>(sizeof(typename P::Activation));
+  if (P::kTiled) row_bytes = 4 * hidden + (P::kQuantised ? 3 * columns + hidden : 2 * P::kParts * (columns + hidden));
+  return std::max<int64_t>(cache_bytes() / 2 / row_bytes / kGroupRows<P>, 1) * kGroupRows<P>;
+}
+
 template <class P>
 void run_alone(const Model& model, const Batch& batch, const Output& output, int64_t first, int64_t last) {
   const Sizes& sizes = model.sizes;
-  const int64_t row_bytes = sizes.padded_intermediate() * static_cast<int64_t>(sizeof(typename P::Activation));
-  const int64_t most = std::max<int64_t>(kHiddenBytes / row_bytes / kTileRows, 1) * kTileRows;
-  const int64_t rows = batch.cu_seqlens[last] - batch.cu_seqlens[first];
-  const int64_t block_rows = ceil_div(rows, std::max<int64_t>(ceil_div(rows, most), 1));
-  Pass<P> pass(model, batch, workspace, first, last, block_rows);
+  const int64_t rows = batch.cu_seqlens[last] - batch.cu_seqlens[first], intermediate = sizes.padded_intermediate();
+  const int64_t even = ceil_div(rows, std::max<int64_t>(ceil_div(rows, most_block_rows<P>(sizes)), 1));
+  const int64_t block_rows = P::kTiled ? round_up(even, kGroupRows<P>) : even;
+  const int64_t feed_columns = std::min(intermediate, kFeedColumns<P>);
+  Pass<P> pass(model, batch, workspace, first, last, block_rows, feed_columns);
   auto for_blocks = [&](auto&& f) {
     for (int64_t row = 0; row < rows; row += block_rows) f(row, std::min(block_rows, rows - row));
   };
+  [[maybe_unused]] const Tiles<P> tiles;
   for (int64_t s = first; s < last; ++s) pass.embed(s);
   for (const Layer& layer : model.layers) {
     for_blocks([&](int64_t row, int64_t n) { pass.project_qkv(layer, row, n, 0, layer.qkv.outputs / kPanel); });
@@ -52,9 +74,12 @@ void run_alone(const Model& model, const Batch& batch, const Output& output, int
       pass.finish_context(row, n);
       pass.project_out(layer, row, n, 0, layer.out.outputs / kPanel);
       pass.normalise(row, n, layer.attention_norm);
-      pass.feed_up(layer, row, row, n, 0, layer.up.outputs / kPanel);
-      pass.finish_hidden(0, n);
-      pass.feed_down(layer, row, row, n, 0, layer.down.outputs / kPanel);
+      for (int64_t column = 0; column < intermediate; column += feed_columns) {
+        const int64_t columns = std::min(feed_columns, intermediate - column);
+        pass.feed_up(layer, {row, column}, row, n, column / kPanel, columns / kPanel);
+        pass.finish_hidden(0, n);
+        pass.feed_down(layer, {row, column}, row, n, 0, layer.down.outputs / kPanel, column, columns);
+      }
       pass.normalise(row, n, layer.output_norm);
     });
   }
@@ -67,13 +92,13 @@ bool worth_sharing(const Batch& batch, int64_t tokens, int64_t threads) {
   return threads > 1 && (short_batch || few_sequences);
 }
 
-// Runs of about kRunTokens tokens, shorter towards the end so that threads finish together.
-std::vector<int64_t> cut_runs(const Batch& batch, int64_t threads) {
+// Runs of about `most` tokens, shorter towards the end so that threads finish together.
+std::vector<int64_t> cut_runs(const Batch& batch, int64_t threads, int64_t most) {
   std::vector<int64_t> bounds{0};
   const int64_t total = batch.cu_seqlens[batch.sequences];
   for (int64_t s = 0; s < batch.sequences;) {
     const int64_t begin = batch.cu_seqlens[s];
-    const int64_t wanted = std::clamp((total - begin) / (2 * threads), kLeastRunTokens, kRunTokens);
+    const int64_t wanted = std::clamp((total - begin) / (2 * threads), kLeastRunTokens, most);
     do {
       ++s;
     } while (s < batch.sequences && batch.cu_seqlens[s + 1] - begin <= wanted);
@@ -114,7 +139,7 @@ template <class P>
 void run_together(const Model& model, const Batch& batch, const Output& output, int64_t threads) {
   const Sizes& sizes = model.sizes;
   const int64_t rows = batch.cu_seqlens[batch.sequences];
-  Pass<P> pass(model, batch, workspace, 0, batch.sequences, rows);
+  Pass<P> pass(model, batch, workspace, 0, batch.sequences, rows, sizes.padded_intermediate());
   auto panel_units = [](const Dense& dense) { return ceil_div(dense.outputs / kPanel, kUnitPanels); };
   const int64_t row_units = ceil_div(rows, kUnitRows);
   constexpr int64_t kPerLayer = 9;
@@ -146,16 +171,19 @@ void run_together(const Model& model, const Batch& batch, const Output& output, 
       case 4:
         return pass.normalise(row, n, layer.attention_norm);
       case 5:
-        return pass.feed_up(layer, 0, 0, rows, panel, panels(layer.up));
+        return pass.feed_up(layer, {0, 0}, 0, rows, panel, panels(layer.up));
       case 6:
         return pass.finish_hidden(row, n);
       case 7:
-        return pass.feed_down(layer, 0, 0, rows, panel, panels(layer.down));
+        return pass.feed_down(layer, {0, 0}, 0, rows, panel, panels(layer.down), 0, sizes.padded_intermediate());
       default:
         return pass.normalise(row, n, layer.output_norm);
     }
   };
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { stages.work(run_unit); });
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    [[maybe_unused]] const Tiles<P> tiles;
+    stages.work(run_unit);
+  });
 }
 
 // --- operators ---
@@ -178,7 +206,7 @@ Tensor encoder_dense(const Tensor& x, const Tensor& weight, const std::optional<
                   "encoder_dense: expected a contiguous float32 bias [N]");
   const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0), padded = round_up(outputs, kPanel);
   Buffer panels(inputs * padded), biases(padded);
-  const Dense dense{panels.get(), biases.get(), nullptr, nullptr, inputs, padded};
+  const Dense dense{panels.get(), biases.get(), nullptr, nullptr, inputs, padded, inputs};
   DenseSource source{{}, {}, plain_features(inputs, inputs), {}};
   for (int64_t n = 0; n < padded; ++n) {
     source.rows.push_back(n < outputs ? static_cast<const float*>(weight.const_data_ptr()) + n * inputs : nullptr);
@@ -187,7 +215,7 @@ Tensor encoder_dense(const Tensor& x, const Tensor& weight, const std::optional<
   pack_dense<FloatPrecision>(dense, source);
   Tensor out = empty({rows, outputs}, ScalarType::Float);
   float* result = data<float>(out);
-  const Operand operand{static_cast<const float*>(x.const_data_ptr()), inputs, nullptr, nullptr};
+  const Operand operand{static_cast<const float*>(x.const_data_ptr()), inputs, 0, nullptr, nullptr};
   constexpr int64_t kRows = 8 * kTileRows;
   parallel(ceil_div(rows, kRows), rows * inputs * outputs / 64, [&](int64_t block) {
     const int64_t row = block * kRows;
@@ -248,7 +276,9 @@ void encoder_forward(const Tensor& packed, const Tensor& word, const Tensor& pos
     const Model model = lay_out<P>(sizes, begin);
     const int64_t threads = torch::stable::get_num_threads();
     if (worth_sharing(batch, input_ids.numel(), threads)) return run_together<P>(model, batch, output, threads);
-    const auto runs = cut_runs(batch, threads);
+    // Tiles take a block through all products at a time, for what they wait for is weights.
+    const int64_t most = P::kTiled ? std::max(most_block_rows<P>(sizes), kLeastRunTokens) : kRunTokens;
+    const auto runs = cut_runs(batch, threads, most);
     parallel(static_cast<int64_t>(runs.size()) - 1, kWorthThreads,
              [&](int64_t run) { run_alone<P>(model, batch, output, runs[run], runs[run + 1]); });
   });

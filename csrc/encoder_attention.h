@@ -112,11 +112,86 @@ inline void pair_values(const Head<BFloat16>& head, float* out) {
 }
 #endif
 
+#if defined(TRITON_ST_AMX)
+
+// The pairs of pair_values, transposed: [size][stride] lanes, zeros up to a multiple of 16 pairs.
+inline void transpose_values(const float* paired, int64_t pairs, int64_t size, float* out, int64_t stride) {
+  for (int64_t pair = 0; pair < pairs; pair += kWidth) {
+    for (int64_t i = 0; i < size; i += kWidth) {
+      Vec square[kWidth];
+#pragma GCC unroll 16
+      for (int p = 0; p < kWidth; ++p) square[p] = pair + p < pairs ? load(paired + (pair + p) * size + i) : Vec{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kWidth; ++lane) store(out + (i + lane) * stride + pair, square[lane]);
+    }
+  }
+}
+
+// attend() by tiles, which the caller holds: outputs are formed transposed, so that weights are a right operand as they
+// lie. Rows of keys past the last are read, and what becomes of them is not.
+inline void attend_tiled(const Head<BFloat16>& head, float scale, const float* bias, BFloat16* out,
+                         int64_t out_stride) {
+  const int64_t length = head.length, steps = head.size / 2, pairs = ceil_div(length, 2);
+  const int64_t padded_pairs = round_up(pairs, kAmxLanes), values_stride = padded_pairs + kAmxLanes;
+  float* queries = attention_scratch.queries.reserve(steps * kPanel);
+  float* scores = attention_scratch.scores.reserve(round_up(length, kAmxBlock) * kPanel);
+  float* paired = attention_scratch.values.reserve(pairs * head.size + head.size * values_stride);
+  float* values = paired + pairs * head.size;
+  pair_values(head, paired);
+  transpose_values(paired, pairs, head.size, values, values_stride);
+  const auto nothing = [](int64_t) {};
+  alignas(64) Vec sums[2 * kAmxBlock];
+  for (int64_t first = 0; first < length; first += kPanel) {
+    const int64_t count = std::min<int64_t>(kPanel, length - first);
+    const int vectors = count > kWidth ? 2 : 1;
+    pack_queries(head, first, queries);
+    for (int64_t key = 0; key < length; key += kAmxBlock) {
+      const float* keys = reinterpret_cast<const float*>(head.keys + key * head.stride);
+      auto* block = reinterpret_cast<Vec*>(scores + key * kPanel);
+      if (length - key > kAmxRows) {
+        multiply_tiles<Vec, 1, true>(keys, head.stride / 2, 0, queries, steps / kAmxLanes, block, nothing);
+      } else {
+        multiply_tiles<Vec, 1, false>(keys, head.stride / 2, 0, queries, steps / kAmxLanes, block, nothing);
+      }
+    }
+    Vec totals[2];
+    if (bias) {
+      soften<true, true>(scores, length, vectors, scale, bias + first, totals);
+    } else {
+      soften<true, false>(scores, length, vectors, scale, nullptr, totals);
+    }
+    for (int64_t i = pairs * kPanel; i < padded_pairs * kPanel; i += kWidth) store(scores + i, Vec{});
+    for (int64_t i = 0; i < head.size; i += kAmxBlock) {
+      multiply_tiles<Vec, 1, true>(values + i * values_stride, values_stride, 0, scores,
+                                          padded_pairs / kAmxLanes, sums, nothing);
+      for (int v = 0; v < vectors; ++v) {
+        const Vec inverse = splat(1.f) / totals[v];
+        Vec low[kWidth], high[kWidth];
+#pragma GCC unroll 16
+        for (int d = 0; d < kWidth; ++d) {
+          low[d] = sums[2 * d + v] * inverse;
+          high[d] = sums[2 * (kWidth + d) + v] * inverse;
+        }
+        transpose(low);
+        transpose(high);
+        const int64_t rows = std::min<int64_t>(kWidth, count - v * kWidth);
+        for (int64_t r = 0; r < rows; ++r) put(out + (first + v * kWidth + r) * out_stride + i, low[r], high[r]);
+      }
+    }
+  }
+}
+
+#endif
+
 // out[length, size] = softmax(queries · keysᵀ · scale + bias) · values, rows out_stride elements apart. `bias`, or
 // null, points at that of distance 0: query i and key k have bias[i − k].
 template <class T>
 void attend(const Head<T>& head, float scale, const float* bias, T* out, int64_t out_stride) {
   constexpr bool kPaired = sizeof(T) == 2;
+#if defined(TRITON_ST_AMX)
+  if constexpr (kPaired) return attend_tiled(head, scale, bias, out, out_stride);
+#endif
 #if defined(TRITON_ST_BF16_DOT)
   using P = std::conditional_t<kPaired, PairPrecision, FloatPrecision>;
 #else

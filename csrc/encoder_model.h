@@ -14,9 +14,9 @@ template <class F>
 auto with_precision(Precision precision, F&& f) {
   switch (precision) {
     case Precision::kFloat32:
-      return f(FloatPrecision());
+      return f(Float32Precision());
     case Precision::kFloat16:
-      return f(StoredPrecision<Half>());
+      return f(Float16Precision());
     case Precision::kBFloat16:
       return f(BFloat16Precision());
     case Precision::kInt8:
@@ -36,7 +36,12 @@ struct Sizes {
   // Padded sizes: zeros stand in the rest, and stay zeros from layer to layer.
   int64_t padded_hidden() const { return round_up(hidden, kPanel); }
   int64_t padded_intermediate() const { return round_up(intermediate, kPanel); }
-  int64_t padded_head() const { return round_up(head(), kWidth); }
+  int64_t padded_head() const {
+    // Tiles multiply 32 numbers of bf16 at a time.
+    const bool tiled = kAmx && precision != static_cast<int64_t>(Precision::kFloat32) &&
+                       precision != static_cast<int64_t>(Precision::kFloat16);
+    return round_up(head(), tiled ? kPanel : kWidth);
+  }
   int64_t context() const { return round_up(heads * padded_head(), kPanel); }
 };
 
@@ -79,7 +84,8 @@ Dense lay_out_dense(Pieces& pieces, int64_t inputs, int64_t outputs) {
   Dense dense{};
   dense.inputs = inputs;
   dense.outputs = outputs;
-  dense.panels = pieces.take<typename P::Weight>(inputs / P::kStep * outputs);
+  dense.panel_steps = panel_steps<P>(inputs);
+  dense.panels = pieces.take<typename P::Weight>(dense.panel_steps * outputs);
   dense.bias = pieces.take<float>(outputs);
   if constexpr (P::kQuantised) {
     dense.scales = pieces.take<float>(outputs);
@@ -128,7 +134,7 @@ struct DenseSource {
   std::vector<float> factors;    // of each padded input; none: ones
 
   float at(int64_t output, int64_t input) const {
-    if (!rows[output] || columns[input] < 0) return 0.f;
+    if (!rows[output] || input >= static_cast<int64_t>(columns.size()) || columns[input] < 0) return 0.f;
     return rows[output][columns[input]] * (factors.empty() ? 1.f : factors[input]);
   }
 };
@@ -151,7 +157,7 @@ template <class P>
 void pack_dense(const Dense& dense, const DenseSource& source) {
   using Weight = typename P::Weight;
   auto* panels = static_cast<Weight*>(const_cast<void*>(dense.panels));
-  const int64_t steps = dense.inputs / P::kStep;
+  const int64_t steps = dense.panel_steps;
   parallel(dense.outputs / kPanel, dense.outputs * dense.inputs, [&](int64_t panel) {
     for (int64_t c = 0; c < kPanel; ++c) {
       const int64_t n = panel * kPanel + c;

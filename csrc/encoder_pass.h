@@ -150,8 +150,9 @@ class Pass {
  public:
   using Activation = typename P::Activation;
 
-  // Sequences [first, last) of the batch, with room for hidden activations of `hidden_rows` rows.
-  Pass(const Model& model, const Batch& batch, Workspace& workspace, int64_t first, int64_t last, int64_t hidden_rows)
+  // Sequences [first, last) of the batch, with room for `hidden_columns` hidden activations of `hidden_rows` rows.
+  Pass(const Model& model, const Batch& batch, Workspace& workspace, int64_t first, int64_t last, int64_t hidden_rows,
+       int64_t hidden_columns)
       : model_(model),
         batch_(batch),
         base_(batch.cu_seqlens[first]),
@@ -161,20 +162,26 @@ class Pass {
         x_stride_(padded_stride<float>(hidden_)),
         qkv_stride_(padded_stride<Activation>(3 * context_)),
         context_stride_(padded_stride<Activation>(context_)),
-        fed_stride_(padded_stride<Activation>(intermediate_)) {
-    const int64_t rows = batch.cu_seqlens[last] - base_;
+        fed_stride_(padded_stride<Activation>(hidden_columns)) {
+    // The last group of rows may be read past its end.
+    const int64_t rows = batch.cu_seqlens[last] - base_, some = kGroupRows<P>;
     x_ = workspace.x.reserve(rows * x_stride_);
-    qkv_ = activations(workspace.qkv, rows * qkv_stride_);
-    attended_ = activations(workspace.context, rows * context_stride_);
-    fed_ = activations(workspace.hidden, hidden_rows * fed_stride_);
-    if constexpr (P::kQuantised || !kFloatLanes) {
-      x_operand_ = own_lanes(workspace.x_lanes, rows, hidden_);
+    qkv_ = activations(workspace.qkv, (rows + some) * qkv_stride_);
+    attended_ = activations(workspace.context, (rows + some) * context_stride_);
+    if constexpr (!kSplit) fed_ = activations(workspace.hidden, (hidden_rows + some) * fed_stride_);
+    if constexpr (P::kQuantised || kSplit || !kFloatLanes) {
+      x_operand_ = own_lanes(workspace.x_lanes, rows + some, hidden_);
     } else {
-      x_operand_ = {x_, x_stride_, nullptr, nullptr};
+      x_operand_ = {x_, x_stride_, 0, nullptr, nullptr};
+    }
+    if constexpr (P::kQuantised || kSplit) {
+      context_operand_ = own_lanes(workspace.context_lanes, rows + some, context_);
+      hidden_operand_ = own_lanes(workspace.hidden_lanes, hidden_rows + some, hidden_columns);
+    } else {
+      context_operand_ = {reinterpret_cast<const float*>(attended_), context_stride_ / P::kStep, 0, nullptr, nullptr};
+      hidden_operand_ = {reinterpret_cast<const float*>(fed_), fed_stride_ / P::kStep, 0, nullptr, nullptr};
     }
     if constexpr (P::kQuantised) {
-      context_operand_ = own_lanes(workspace.context_lanes, rows, context_);
-      hidden_operand_ = own_lanes(workspace.hidden_lanes, hidden_rows, intermediate_);
       float* scales = workspace.row_scales.reserve(4 * rows + 2 * hidden_rows);
       x_operand_.scales = scales;
       x_operand_.zeros = scales + rows;
@@ -182,9 +189,6 @@ class Pass {
       context_operand_.zeros = scales + 3 * rows;
       hidden_operand_.scales = scales + 4 * rows;
       hidden_operand_.zeros = scales + 4 * rows + hidden_rows;
-    } else {
-      context_operand_ = {reinterpret_cast<const float*>(attended_), context_stride_ / P::kStep, nullptr, nullptr};
-      hidden_operand_ = {reinterpret_cast<const float*>(fed_), fed_stride_ / P::kStep, nullptr, nullptr};
     }
   }
 
@@ -229,7 +233,11 @@ class Pass {
     for (int64_t r = row; r < row + rows; ++r) {
       Activation* values = attended_ + r * context_stride_;
       std::fill(values + used, values + context_, Activation(0.f));
-      quantise_row(values, context_, context_operand_, r);
+      if constexpr (kSplit) {
+        split_row(values, context_, context_operand_, r);
+      } else {
+        quantise_row(values, context_, context_operand_, r);
+      }
     }
   }
 
@@ -244,12 +252,21 @@ class Pass {
     for (; r < row + rows; ++r) normalise_rows<1>(r, norm);
   }
 
-  // Hidden activations of row r lie in row r − hidden_row of their memory.
-  void feed_up(const Layer& layer, int64_t hidden_row, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+  // Hidden activations of row r and column c lie at (r − corner.row, c − corner.column) of their memory.
+  struct Corner {
+    int64_t row, column;
+  };
+
+  void feed_up(const Layer& layer, Corner corner, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
     using Accuracy =
         std::conditional_t<P::kQuantised, int8_t, std::conditional_t<kFloatLanes, float, BFloat16>>;
     dense_product<P>(x_operand_, row, rows, layer.up, panel, panels, [&](int64_t r, int64_t c, Vec low, Vec high) {
-      put(fed_ + (r - hidden_row) * fed_stride_ + c, gelu(low, Accuracy()), gelu(high, Accuracy()));
+      const Vec low_fed = gelu(low, Accuracy()), high_fed = gelu(high, Accuracy());
+      if constexpr (kSplit) {
+        split(low_fed, high_fed, hidden_operand_, r - corner.row, c - corner.column);
+      } else {
+        put(fed_ + (r - corner.row) * fed_stride_ + c - corner.column, low_fed, high_fed);
+      }
     });
   }
 
@@ -258,9 +275,21 @@ class Pass {
     for (int64_t r = row; r < row + rows; ++r) quantise_row(fed_ + r * fed_stride_, intermediate_, hidden_operand_, r);
   }
 
-  void feed_down(const Layer& layer, int64_t hidden_row, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
-    dense_product<P>(hidden_operand_, row - hidden_row, rows, layer.down, panel, panels,
-                     [&](int64_t r, int64_t c, Vec low, Vec high) { add_to_x(r + hidden_row, c, low, high); });
+  // Of inputs [column, column + columns), kFeedColumns at a time.
+  void feed_down(const Layer& layer, Corner corner, int64_t row, int64_t rows, int64_t panel, int64_t panels,
+                 int64_t column, int64_t columns) {
+    for (int64_t c = column; c < column + columns; c += kFeedColumns<P>) {
+      Dense part = layer.down;
+      Operand hidden = hidden_operand_;
+      if constexpr (P::kTiled && !P::kQuantised) {
+        part.panels = static_cast<const typename P::Weight*>(part.panels) + c / P::kStep * kPanel;
+        part.inputs = std::min(kFeedColumns<P>, column + columns - c);
+        if (c > 0) part.bias = nullptr;
+        hidden.lanes += (c - corner.column) / 2;
+      }
+      dense_product<P>(hidden, row - corner.row, rows, part, panel, panels,
+                       [&](int64_t r, int64_t c, Vec low, Vec high) { add_to_x(r + corner.row, c, low, high); });
+    }
   }
 
   const float* states(int64_t sequence) const { return x_ + (batch_.cu_seqlens[sequence] - base_) * x_stride_; }
@@ -268,15 +297,16 @@ class Pass {
 
  private:
   static constexpr int kNormRows = 4;
-  static constexpr bool kFloatLanes = P::kStep == 1;  // activations are operands as they lie in memory
+  static constexpr bool kFloatLanes = P::kStep == 1;  // but for kSplit, activations are operands as they lie in memory
+  static constexpr bool kSplit = P::kParts > 1;
 
   static Activation* activations(Buffer& buffer, int64_t count) {
     return reinterpret_cast<Activation*>(buffer.reserve(ceil_div(count * sizeof(Activation), sizeof(float))));
   }
 
   static Operand own_lanes(Buffer& buffer, int64_t rows, int64_t inputs) {
-    const int64_t stride = inputs / P::kStep + 16;
-    return {buffer.reserve(rows * stride), stride, nullptr, nullptr};
+    const int64_t part = part_lanes<P>(inputs), stride = P::kParts * part + 16;
+    return {buffer.reserve(rows * stride), stride, part, nullptr, nullptr};
   }
 
   void add_to_x(int64_t row, int64_t column, Vec low, Vec high) {
@@ -294,6 +324,8 @@ class Pass {
     for (int r = 0; r < kRows; ++r) {
       if constexpr (P::kQuantised) {
         put_row(spread + r * hidden_, hidden_, Levels(ranges[r]), x_operand_, row + r);
+      } else if constexpr (kSplit) {
+        split_row(x + r * x_stride_, hidden_, x_operand_, row + r);
       } else if constexpr (!kFloatLanes) {
         auto* out = reinterpret_cast<Activation*>(const_cast<float*>(x_operand_.lanes) + (row + r) * x_operand_.stride);
         for (int64_t i = 0; i < hidden_; i += kPanel) {
@@ -301,6 +333,20 @@ class Pass {
         }
       }
     }
+  }
+
+#if defined(TRITON_ST_AMX)
+  // Columns [column, column + kPanel) of a row as the three parts of an operand.
+  static void split(Vec low, Vec high, const Operand& operand, int64_t row, int64_t column) {
+    float* lanes = const_cast<float*>(operand.lanes) + row * operand.stride + column / 2;
+    for (int64_t part = 0; part < 3; ++part) store(lanes + part * operand.part_stride, take_part(low, high));
+  }
+#else
+  static void split(Vec, Vec, const Operand&, int64_t, int64_t) {}
+#endif
+
+  static void split_row(const float* values, int64_t n, const Operand& operand, int64_t row) {
+    for (int64_t i = 0; i < n; i += kPanel) split(load(values + i), load(values + i + kWidth), operand, row, i);
   }
 
   template <class T>

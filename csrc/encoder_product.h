@@ -1,13 +1,16 @@
 // Products of activations with weights that are packed once: fp32, weights stored in half, pairs of bf16, and int8.
 // Every result is summed over the inner dimension from its first step to its last, whatever the rows beside it, so that
-// the bits of a row depend on that row alone.
+// the bits of a row depend on that row alone. Where the processor has AMX, tiles form all of them, fp32 as three parts
+// of bf16.
 #pragma once
 
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <utility>
 
+#include "amx.h"
 #include "gemm.h"
 
 #if defined(TRITON_ST_AVX512) && defined(__AVX512VNNI__)
@@ -16,15 +19,16 @@
 
 namespace triton_st {
 
-// A precision says how a panel of weights is stored (kStep adjacent steps of the inner dimension in one Weight) and in
-// which type activations lie in memory.
+// A precision says how a panel of weights is stored (kStep adjacent steps of the inner dimension in one Weight), in
+// which type activations lie in memory, and whether tiles multiply them (kTiled), as a sum of how many parts.
 
 struct FloatPrecision {
   using Weight = float;
   using Activation = float;
   using Sum = Vec;
   static constexpr int kStep = 1;
-  static constexpr bool kQuantised = false;
+  static constexpr bool kQuantised = false, kTiled = false;
+  static constexpr int kParts = 1;
   static Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 };
 
@@ -34,13 +38,28 @@ struct StoredPrecision : FloatPrecision {
   using Weight = T;
 };
 
+#if defined(TRITON_ST_AMX)
+// Weights are split as a panel of them is met: they take no more memory, and reading it is what takes time.
+template <class T>
+struct SplitPrecision : StoredPrecision<T> {
+  static constexpr bool kTiled = true;
+  static constexpr int kParts = 3;
+};
+using Float32Precision = SplitPrecision<float>;
+using Float16Precision = SplitPrecision<Half>;
+#else
+using Float32Precision = FloatPrecision;
+using Float16Precision = StoredPrecision<Half>;
+#endif
+
 #if defined(TRITON_ST_BF16_DOT)
 struct PairPrecision {
   using Weight = float;  // a pair of bf16
   using Activation = BFloat16;
   using Sum = Vec;
   static constexpr int kStep = 2;
-  static constexpr bool kQuantised = false;
+  static constexpr bool kQuantised = false, kTiled = kAmx;
+  static constexpr int kParts = 1;
   static Vec multiply_add(Vec a, Vec b, Vec c) { return triton_st::multiply_add<true>(a, b, c); }
 };
 using BFloat16Precision = PairPrecision;
@@ -64,7 +83,8 @@ struct Int8Precision {
   using Level = int16_t;
 #endif
   static constexpr int kStep = 4 / sizeof(Number);
-  static constexpr bool kQuantised = true;
+  static constexpr bool kQuantised = true, kTiled = kAmx;
+  static constexpr int kParts = 1;
   static Ints multiply_add(Vec a, Vec b, Ints c) {
 #if defined(TRITON_ST_VNNI)
     // The intrinsic makes GCC 12 spill its sums, at 40 % of the speed.
@@ -80,6 +100,26 @@ struct Int8Precision {
 #endif
   }
 };
+
+// Rows that are multiplied at a time. Tiles read whole groups: operands end in as many readable rows.
+template <class P>
+inline constexpr int64_t kGroupRows = P::kTiled ? kPanel : kTileRows;
+
+// Steps of a panel, and lanes of each part of a left operand's row. Tiles take 16 lanes; what an operand has beyond its
+// inputs there meets zeros.
+template <class P>
+constexpr int64_t panel_steps(int64_t inputs) {
+  return P::kTiled && P::kStep > 1 ? round_up(inputs / P::kStep, kWidth) : inputs / P::kStep;
+}
+template <class P>
+constexpr int64_t part_lanes(int64_t inputs) {
+  return P::kParts > 1 ? inputs / 2 : panel_steps<P>(inputs);
+}
+
+// Inputs of the second feed-forward layer that are summed before they are added up, and hidden activations that are held:
+// tiles read few columns of many rows soonest. A row of bytes has one scale, so it is whole.
+template <class P>
+inline constexpr int64_t kFeedColumns = P::kQuantised || !P::kTiled ? int64_t{1} << 30 : P::kParts > 1 ? 384 : 768;
 
 // --- the register tile ---
 
@@ -136,16 +176,17 @@ Multiply<P> multiply_of(int64_t rows) {
 // y = x · Wᵀ + bias, W packed into panels of kPanel outputs; sizes are padded ones.
 struct Dense {
   const void* panels;
-  const float* bias;
+  const float* bias;         // or null: zeros
   const float* scales;       // int8: of each output
   const float* column_sums;  // int8: of each output's weights, in steps of its scale
   int64_t inputs, outputs;
+  int64_t panel_steps;  // from panel to panel
 };
 
 // Left operand of a product: lanes of 32 bits, and for int8 each row's scale and zero point.
 struct Operand {
   const float* lanes;
-  int64_t stride;
+  int64_t stride, part_stride;
   const float* scales;
   const float* zeros;
 };
@@ -156,7 +197,7 @@ class Values {
  public:
   Values(const Dense& dense, const Operand& x, int64_t column) : x_(x) {
     for (int v = 0; v < 2; ++v) {
-      bias_[v] = load(dense.bias + column + v * kWidth);
+      bias_[v] = dense.bias ? load(dense.bias + column + v * kWidth) : Vec{};
       if constexpr (P::kQuantised) {
         scales_[v] = load(dense.scales + column + v * kWidth);
         column_sums_[v] = load(dense.column_sums + column + v * kWidth);
@@ -181,11 +222,13 @@ class Values {
 // and each of `panels` panels from `panel` on.
 template <class P, class Consume>
 void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& dense, int64_t panel, int64_t panels,
-                   Consume&& consume) {
-  const int64_t steps = dense.inputs / P::kStep;
+                   Consume&& consume)
+  requires(!P::kTiled)
+{
+  const int64_t steps = panel_steps<P>(dense.inputs);
   alignas(64) typename P::Sum sums[2 * kTileRows];
   for (int64_t p = panel; p < panel + panels; ++p) {
-    const auto* weights = static_cast<const typename P::Weight*>(dense.panels) + p * steps * kPanel;
+    const auto* weights = static_cast<const typename P::Weight*>(dense.panels) + p * dense.panel_steps * kPanel;
     const Values<P> values(dense, x, p * kPanel);
     for_row_groups(rows, [&](int64_t group, int64_t count) {
       const int64_t first = row + group;
@@ -196,6 +239,97 @@ void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& den
     });
   }
 }
+
+// What a thread holds while it forms products of a precision.
+struct NoTiles {};
+#if defined(TRITON_ST_AMX)
+template <class P>
+using Tiles = std::conditional_t<P::kTiled, AmxTiles, NoTiles>;
+#else
+template <class P>
+using Tiles = NoTiles;
+#endif
+
+#if defined(TRITON_ST_AMX)
+
+inline constexpr int64_t kLineBytes = 64;
+inline thread_local Buffer split_weights;
+
+// A panel of `inputs` · kPanel weights as the three parts of a right operand.
+template <class T>
+const float* split_panel(const T* weights, int64_t inputs) {
+  constexpr int64_t kPart = kAmxLanes * kPanel;
+  float* parts = split_weights.reserve(3 * inputs / 2 * kPanel);
+  for (int64_t pair = 0; pair < inputs / 2; ++pair, weights += 2 * kPanel) {
+    float* out = parts + pair / kAmxLanes * 3 * kPart + pair % kAmxLanes * kPanel;
+    for (int64_t v = 0; v < kPanel; v += kWidth) {
+      Vec first = load(weights + v), second = load(weights + kPanel + v);
+      for (int64_t part = 0; part < 3; ++part) store(out + part * kPart + v, take_part_across(first, second));
+    }
+  }
+  return parts;
+}
+
+// The same by tiles, which the caller holds. The values of one block of sums are made and consumed while tiles form the next.
+template <class P, class Consume>
+void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& dense, int64_t panel, int64_t panels,
+                   Consume&& consume)
+  requires(P::kTiled)
+{
+  using Sum = typename P::Sum;
+  const int64_t chunks = part_lanes<P>(dense.inputs) / kAmxLanes;
+  struct Block {
+    Values<P> values;
+    int64_t first, count, column;
+    const Sum* sums;
+  };
+  alignas(64) Sum sums[2][2 * kAmxBlock];
+  std::optional<Block> before;
+  auto finish_rows = [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < std::min(end, before->count); ++r) {
+      const int64_t at = before->first + r;
+      consume(at, before->column, before->values(before->sums[2 * r], 0, at),
+              before->values(before->sums[2 * r + 1], 1, at));
+    }
+  };
+  // While a panel is multiplied the next one comes from memory, some of it between every two chunks.
+  const int64_t panel_bytes = dense.panel_steps * kPanel * static_cast<int64_t>(sizeof(typename P::Weight));
+  const int64_t used_bytes = panel_bytes / dense.panel_steps * (P::kParts > 1 ? dense.inputs : chunks * kAmxLanes);
+  const int64_t fetched = round_up(ceil_div(used_bytes, ceil_div(rows, kAmxBlock) * chunks), kLineBytes);
+  const int64_t between = ceil_div(kAmxBlock, chunks);
+  int next = 0;
+  for (int64_t p = panel; p < panel + panels; ++p) {
+    const char* stored = static_cast<const char*>(dense.panels) + p * panel_bytes;
+    const char* fetch = p + 1 < panel + panels ? stored + panel_bytes : nullptr;
+    const float* weights;
+    if constexpr (P::kParts > 1) {
+      weights = split_panel(reinterpret_cast<const typename P::Weight*>(stored), dense.inputs);
+    } else {
+      weights = reinterpret_cast<const float*>(stored);
+    }
+    auto meanwhile = [&](int64_t chunk) {
+      if (fetch) {
+        for (int64_t line = 0; line < fetched; line += kLineBytes) __builtin_prefetch(fetch + line, 0, 2);
+        fetch += fetched;
+      }
+      if (before) finish_rows(chunk * between, (chunk + 1) * between);
+    };
+    for (int64_t group = 0; group < rows; group += kAmxBlock) {
+      const int64_t first = row + group, count = std::min<int64_t>(kAmxBlock, rows - group);
+      const float* a = x.lanes + first * x.stride;
+      if (count > kAmxRows) {
+        multiply_tiles<Sum, P::kParts, true>(a, x.stride, x.part_stride, weights, chunks, sums[next], meanwhile);
+      } else {
+        multiply_tiles<Sum, P::kParts, false>(a, x.stride, x.part_stride, weights, chunks, sums[next], meanwhile);
+      }
+      before = Block{Values<P>(dense, x, p * kPanel), first, count, p * kPanel, sums[next]};
+      next = 1 - next;
+    }
+  }
+  if (before) finish_rows(0, before->count);
+}
+
+#endif
 
 // --- storing activations, kWidth or kPanel at a time ---
 

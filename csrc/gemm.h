@@ -2,7 +2,8 @@
 // of the shapes alone, never of the number of threads or of where a block begins.
 //
 // Operands are packed into 32-bit lanes. A lane holds one fp32 and is one step of the inner dimension; or, where the
-// processor multiplies bf16, a pair of adjacent bf16 and is two (kPairs). fp16 is widened while it is packed.
+// processor multiplies bf16, a pair of adjacent bf16 and is two (kPairs). fp16 is widened while it is packed. So is bf16
+// on processors with AMX: their vectors multiply pairs at half the rate of fp32.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "amx.h"
 #include "tensor.h"
 #include "vector.h"
 
@@ -24,7 +26,7 @@ inline constexpr int kPanel = 2 * kWidth;  // columns of a tile, and of a panel 
 
 #if defined(TRITON_ST_BF16_DOT)
 template <class T>
-inline constexpr bool kPairs = std::is_same_v<T, BFloat16>;
+inline constexpr bool kPairs = std::is_same_v<T, BFloat16> && !kAmx;
 #else
 template <class T>
 inline constexpr bool kPairs = false;
@@ -113,20 +115,6 @@ void for_row_groups(int64_t rows, F&& f) {
 }
 
 // --- packing ---
-
-#if defined(TRITON_ST_BF16_DOT)
-// 2 · kWidth fp32, rounded, as adjacent bf16.
-inline Vec pair_adjacent(Vec low, Vec high) { return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(high, low)); }
-// Lane i = the pair (first[i], second[i]), rounded.
-inline Vec pair_across(Vec first, Vec second) {
-  const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(first)));
-  const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(second)));
-  return reinterpret_cast<Vec>(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-#else
-inline Vec pair_adjacent(Vec low, Vec) { return low; }
-inline Vec pair_across(Vec first, Vec) { return first; }
-#endif
 
 // Up to kWidth elements: p[0 … n) and zeros, n of any size or sign.
 template <class S>

@@ -242,6 +242,24 @@ inline Vec saturated(Vec x) {
   return absolute(x) < splat(std::numeric_limits<float>::infinity()) ? clamped : x;
 }
 
+// --- lanes that hold pairs of bf16 ---
+
+#if defined(TRITON_ST_BF16_DOT)
+// 2 · kWidth fp32, rounded, as adjacent bf16.
+inline Vec pair_adjacent(Vec low, Vec high) { return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(high, low)); }
+// Lane i = the pair (first[i], second[i]), rounded.
+inline Vec pair_across(Vec first, Vec second) {
+  const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(first)));
+  const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(second)));
+  return reinterpret_cast<Vec>(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#else
+inline Vec pair_adjacent(Vec low, Vec) { return low; }
+inline Vec pair_across(Vec first, Vec) { return first; }
+#endif
+
+// --- squares of lanes ---
+
 // Transposes a square of kWidth × kWidth lanes.
 inline void transpose(Vec (&rows)[kWidth]) {
 #pragma GCC unroll 4

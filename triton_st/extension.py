@@ -8,13 +8,16 @@ and a killed build leaves nothing that a later one could trip over.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -59,9 +62,21 @@ def compiler() -> str:
     return os.environ.get("CXX") or "g++"
 
 
+@functools.cache
+def _amx_permitted() -> bool:
+    """Ask Linux to let this process, and those that it forks, use AMX's tiles; it kills whoever uses them unasked."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    syscall = ctypes.CDLL(None).syscall
+    syscall.restype = ctypes.c_long
+    return syscall(ctypes.c_long(arch_prctl), ctypes.c_long(request_permission), ctypes.c_long(tile_data)) == 0
+
+
 def flags() -> list[str]:
     """Compiler flags; `$TRITON_ST_CXXFLAGS` is appended (say, `-mno-avx512f` to build the AVX2 form)."""
-    return [*FLAGS, *os.environ.get("TRITON_ST_CXXFLAGS", "").split()]
+    without = () if _amx_permitted() else ("-DTRITON_ST_NO_AMX",)
+    return [*FLAGS, *without, *os.environ.get("TRITON_ST_CXXFLAGS", "").split()]
 
 
 def _compiler_fingerprint() -> str:
