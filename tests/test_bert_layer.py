@@ -283,6 +283,7 @@ def test_bad_input_is_named() -> None:
         (ValueError, "cu_seqlens must start at 0", {"cu_seqlens": cu_seqlens + 1}),
         (ValueError, "cu_seqlens must end at 75", {"hidden": torch.cat([hidden, hidden])[:75]}),
         (ValueError, "max_seqlen must be at least 40", {"max_seqlen": 39}),
+        (TypeError, "max_seqlen must be an int, got float", {"max_seqlen": 40.0}),
         (ValueError, "heads must divide", {"heads": 3}),
         (ValueError, "eps must be at least 0", {"eps": -1.0}),
         (ValueError, "dropout_p must be a probability", {"hidden_dropout_p": 1.5}),

@@ -72,9 +72,9 @@ def test_bias_by_relative_position(name: str, dtype: torch.dtype, dropout_p: flo
         for lengths, size in shapes(name, device):
             if max(lengths) == 1 or (interpreted(name, device) and max(lengths) > 64):
                 continue  # the gradient is a difference of equal numbers; the interpreter is slow
-            reach = max(lengths) + len(lengths) % 3
-            bias = 2 * randn(2, 2 * reach - 1, dtype=dtype, device=device)
-            arguments = (*inputs(lengths, size, dtype, device, dropout_p), bias)
+            arguments = inputs(lengths, size, dtype, device, dropout_p)
+            reach = arguments[2] + len(lengths) % 3
+            arguments = (*arguments, 2 * randn(2, 2 * reach - 1, dtype=dtype, device=device))
             assert_matches_reference(biased(ops.packed_attention), biased(reference.packed_attention), arguments)
 
 
@@ -284,8 +284,9 @@ BIASED = (QKV, cu_seqlens([4]), 4, 0.0, None, 0)
         (
             (*BIASED, torch.zeros(2, 5)),
             ValueError,
-            "relative_bias must have at least 7 columns for sequences of 4.*got 5",
+            "relative_bias must have at least 7 columns with max_seqlen 4, got 5",
         ),
+        ((QKV, cu_seqlens([4]), 9, 0.0, None, 0, torch.zeros(2, 7)), ValueError, "at least 17 columns.*9, got 7"),
         (
             (*BIASED, torch.zeros(2, 8)),
             ValueError,
@@ -303,6 +304,7 @@ BIASED = (QKV, cu_seqlens([4]), 4, 0.0, None, 0)
             "relative_bias must be torch.float32 with qkv in torch.float32",
         ),
         ((*BIASED, 0.5), TypeError, "relative_bias must be a tensor, got float"),
+        ((*BIASED, torch.zeros(2, 7).to_sparse()), TypeError, "relative_bias must be a dense tensor, got layout"),
     ],
 )
 def test_bad_input(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:

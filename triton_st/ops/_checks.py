@@ -26,6 +26,12 @@ def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -
         raise ValueError(f"seed must be on the device of the activations, {device}, got {seed.device}")
 
 
+def check_max_seqlen(max_seqlen: int) -> None:
+    """`max_seqlen` is an int; that no sequence is longer is for those to check who may look at cu_seqlens."""
+    if not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
+
+
 def check_parameters(first_name: str, first: Tensor, size: int, **parameters: Tensor | None) -> None:
     """Every given parameter is a vector of `size`: float32, or float64 where `first` is."""
     dtype = torch.promote_types(first.dtype, torch.float32)

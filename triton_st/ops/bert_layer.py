@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_st import backend
-from triton_st.ops._checks import check_dropout, check_eps
+from triton_st.ops._checks import check_dropout, check_eps, check_max_seqlen
 from triton_st.ops._library import call, define, differentiable, require_device, require_dims, require_floating
 from triton_st.ops.bias_gelu import bias_gelu
 from triton_st.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -17,7 +17,6 @@ from triton_st.ops.layer_norm_mean_pool import layer_norm_mean_pool
 from triton_st.ops.mean_pool import check_cu_seqlens, check_cu_seqlens_values, packed_mean_pool
 from triton_st.ops.packed_attention import (
     MAX_HEAD_SIZE,
-    check_reach,
     check_relative_bias,
     empty_bias_gradient,
     packed_attention,
@@ -135,11 +134,12 @@ def _check_parameters(hidden: Tensor, inner: int, parameters: dict[str, Tensor])
 
 def _check(hidden: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *rest: Any) -> None:
     parameters = BertLayerParameters(*rest[:_COUNT])
-    _, heads, eps, *dropouts, _, _, relative_bias = rest[_COUNT:]
+    max_seqlen, heads, eps, *dropouts, _, _, relative_bias = rest[_COUNT:]
     require_floating(hidden=hidden)
     require_dims(hidden, "hidden", "[T, D]")
     check_cu_seqlens(cu_seqlens)
     require_device("hidden", hidden, cu_seqlens=cu_seqlens)
+    check_max_seqlen(max_seqlen)
     if heads < 1 or hidden.shape[1] == 0 or hidden.shape[1] % heads:
         raise ValueError(f"heads must divide hidden's row length {hidden.shape[1]}, got {heads}")
     if hidden.shape[1] // heads > MAX_HEAD_SIZE:
@@ -147,7 +147,7 @@ def _check(hidden: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *rest: Any) 
     require_dims(parameters.up_weight, "up_weight", "[I, D]")
     _check_parameters(hidden, parameters.up_weight.shape[0], parameters._asdict())
     check_eps(eps)
-    check_relative_bias(relative_bias, heads, hidden, "hidden")
+    check_relative_bias(relative_bias, heads, max_seqlen, hidden, "hidden")
     for p in dropouts:
         check_dropout(p, seed, hidden.device)
 
@@ -156,7 +156,6 @@ def _check_values(hidden: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *rest
     longest, max_seqlen = check_cu_seqlens_values(cu_seqlens, len(hidden)), rest[_COUNT]
     if longest > max_seqlen:
         raise ValueError(f"max_seqlen must be at least {longest}, the longest sequence's length, got {max_seqlen}")
-    check_reach(rest[-1], longest)
 
 
 def _kept_shapes(hidden: Tensor, inner: int, heads: int, tokens: int) -> tuple[tuple[int, ...], ...]:
@@ -177,12 +176,13 @@ def _fake(hidden: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *rest: Any) -
 def _check_backward(grad: Tensor, hidden: Tensor, *rest: Any) -> None:
     kept, (cu_seqlens, seed), rest = rest[: len(_KEPT)], rest[len(_KEPT) : len(_KEPT) + 2], rest[len(_KEPT) + 2 :]
     parameters = dict(zip(_IN_BACKWARD, rest[: len(_IN_BACKWARD)], strict=True))
-    _, *dropouts, _, relative_bias = rest[len(_IN_BACKWARD) :]
+    max_seqlen, *dropouts, _, relative_bias = rest[len(_IN_BACKWARD) :]
     require_floating(hidden=hidden, grad=grad)
     require_dims(hidden, "hidden", "[T, D]")
     if grad.shape != hidden.shape:
         raise ValueError(f"grad must be {list(hidden.shape)} as hidden, got shape {list(grad.shape)}")
     check_cu_seqlens(cu_seqlens)
+    check_max_seqlen(max_seqlen)
     require_dims(kept[0], "qkv", "[T, 3, H, d]")
     require_dims(parameters["up_weight"], "up_weight", "[I, D]")
     inner = parameters["up_weight"].shape[0]
@@ -196,7 +196,7 @@ def _check_backward(grad: Tensor, hidden: Tensor, *rest: Any) -> None:
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} with hidden in {hidden.dtype}, got {tensor.dtype}")
         require_device("hidden", hidden, **{name: tensor})
-    check_relative_bias(relative_bias, kept[0].shape[2], hidden, "hidden")
+    check_relative_bias(relative_bias, kept[0].shape[2], max_seqlen, hidden, "hidden")
     for p in dropouts:
         check_dropout(p, seed, hidden.device)
 
@@ -208,7 +208,6 @@ def _check_backward_values(grad: Tensor, hidden: Tensor, *rest: Any) -> None:
     )
     if longest > max_seqlen:
         raise ValueError(f"max_seqlen must be at least {longest}, the longest sequence's length, got {max_seqlen}")
-    check_reach(rest[-1], longest)
 
 
 def _fake_backward(grad: Tensor, hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:

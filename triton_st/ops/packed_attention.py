@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_st.ops._checks import check_dropout
+from triton_st.ops._checks import check_dropout, check_max_seqlen
 from triton_st.ops._library import call, define, differentiable, require_device, require_dims, require_floating
 from triton_st.ops.mean_pool import check_cu_seqlens, check_cu_seqlens_values
 
@@ -36,8 +36,8 @@ def packed_attention(
         dropout_p: probability of dropping a weight.
         seed: int64, one element, on qkv's device; needed where dropout_p is not 0.
         stream: names the place in the model, so that no two places drop alike under one seed.
-        relative_bias: [H, 2 P - 1], float32 (float64 if qkv is), P at least the longest sequence's length: added to the
-            score of a key by its distance from the query, key minus query, which counts from 1 - P.
+        relative_bias: [H, 2 P - 1], float32 (float64 if qkv is), P at least max_seqlen: added to the score of a key by
+            its distance from the query, key minus query, which counts from 1 - P.
 
     Returns:
         [T, H · d] in qkv's dtype. A finite value past float16's range becomes its largest.
@@ -53,12 +53,17 @@ def packed_attention(
     return call("packed_attention_forward", qkv, cu_seqlens, seed, max_seqlen, dropout_p, stream, relative_bias)[0]
 
 
-def check_relative_bias(relative_bias: Tensor | None, heads: int, like: Tensor, name: str) -> None:
-    """A bias of `heads` heads fits the activations `like`, which are called `name`."""
+def check_relative_bias(relative_bias: Tensor | None, heads: int, max_seqlen: int, like: Tensor, name: str) -> None:
+    """A bias fits `heads` heads, sequences of `max_seqlen` tokens and the activations `like`, which are called `name`.
+
+    That it reaches as far as `max_seqlen` says can be known without a look at cu_seqlens, which a GPU may hold.
+    """
     if relative_bias is None:
         return
     if not isinstance(relative_bias, Tensor):
         raise TypeError(f"relative_bias must be a tensor, got {type(relative_bias).__name__}")
+    if relative_bias.layout != torch.strided:
+        raise TypeError(f"relative_bias must be a dense tensor, got layout {relative_bias.layout}")
     require_device(name, like, relative_bias=relative_bias)
     wide = torch.promote_types(like.dtype, torch.float32)
     if relative_bias.dtype != wide:
@@ -66,14 +71,10 @@ def check_relative_bias(relative_bias: Tensor | None, heads: int, like: Tensor, 
     shape = relative_bias.shape
     if relative_bias.dim() != 2 or shape[0] != heads or shape[1] % 2 == 0:
         raise ValueError(f"relative_bias must be [H, 2 P - 1] with {heads} heads, got shape {list(shape)}")
-
-
-def check_reach(relative_bias: Tensor | None, longest: int) -> None:
-    """A bias has a number for every distance in sequences of `longest` tokens."""
-    if relative_bias is not None and relative_bias.shape[1] < 2 * longest - 1:
+    columns = 2 * max_seqlen - 1
+    if shape[1] < columns:
         raise ValueError(
-            f"relative_bias must have at least {2 * longest - 1} columns for sequences of {longest} tokens, got"
-            f" {relative_bias.shape[1]}"
+            f"relative_bias must have at least {columns} columns with max_seqlen {max_seqlen}, got {shape[1]}"
         )
 
 
@@ -101,10 +102,9 @@ def _check(
         raise ValueError(f"qkv must have heads of 1 to {MAX_HEAD_SIZE} elements, got {qkv.shape[3]}")
     check_cu_seqlens(cu_seqlens)
     require_device("qkv", qkv, cu_seqlens=cu_seqlens)
-    if not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
+    check_max_seqlen(max_seqlen)
     check_dropout(dropout_p, seed, qkv.device)
-    check_relative_bias(relative_bias, qkv.shape[2], qkv, "qkv")
+    check_relative_bias(relative_bias, qkv.shape[2], max_seqlen, qkv, "qkv")
 
 
 def _check_values(
@@ -119,7 +119,6 @@ def _check_values(
     longest = check_cu_seqlens_values(cu_seqlens, len(qkv))
     if longest > max_seqlen:
         raise ValueError(f"max_seqlen must be at least {longest}, the longest sequence's length, got {max_seqlen}")
-    check_reach(relative_bias, longest)
 
 
 def _check_backward(grad: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, *rest: Any) -> None:
