@@ -243,9 +243,11 @@ inline void exponentiate(float* scores, int64_t keys, int64_t columns, int64_t q
     const Vec before = first ? splat(-std::numeric_limits<float>::infinity()) : load(most + column);
     Vec largest_score = before;
     for (int64_t j = 0; j < keys; ++j) largest_score = maximum(load(score + j * columns), largest_score);
+    // A bias may be −inf for all keys so far: their weights are 0, not the NaN of a difference of infinities.
+    const Vec offset = maximum(splat(std::numeric_limits<float>::lowest()), largest_score);
     Vec sum{};
     auto weight = [&](int64_t j) {
-      const Vec p = exp(load(score + j * columns) - largest_score);
+      const Vec p = exp(load(score + j * columns) - offset);
       sum += p;
       return p;
     };
@@ -261,7 +263,7 @@ inline void exponentiate(float* scores, int64_t keys, int64_t columns, int64_t q
       for (int64_t j = 0; j < keys; ++j) store(score + j * columns, weight(j));
     }
     if (!first) {
-      const Vec smaller = exp(before - largest_score);
+      const Vec smaller = exp(before - offset);
       sum = fma(load(total + column), smaller, sum);
       store(shrink + column, smaller);
     }
@@ -395,7 +397,9 @@ void attend_backward(const Head<T>& head, const WeightDropout& dropout, const T*
     transpose_rows(q, queries, width, q_columns, columns);
     widen_rows(grad + query * out_stride, out_stride, queries, d, dropout.factor(), grad_rows, width);
     transpose_rows(grad_rows, queries, width, grad_columns, columns);
-    for (int64_t i = 0; i < columns; i += kWidth) store(offsets + i, load_some(logsumexp + query + i, queries - i));
+    // Lanes past the last query have weights of 0: with a large bias alone they would have infinite ones.
+    std::fill_n(offsets, columns, std::numeric_limits<float>::infinity());
+    std::copy_n(logsumexp + query, queries, offsets);
     for (int64_t i = 0; !one_block && i < columns; ++i) {
       Vec products{};
       for (int64_t e = 0; i < queries && e < d; e += kWidth) {

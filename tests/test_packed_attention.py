@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operator_checks import assert_compiles, assert_repeatable, assert_strides_do_not_matter, cu_seqlens, randn, seed
 from serving import every_backend, every_dtype, interpreted, serving
-from tolerance import assert_matches_reference
+from tolerance import assert_matches_reference, value_and_gradients
 from torch import Tensor
 
 from triton_st import ops, reference
@@ -97,6 +97,37 @@ def test_bias_agrees_with_a_mask_in_pytorch(name: str, device: torch.device) -> 
     torch.testing.assert_close(grad, wanted)
     assert not grad[:, : reach - 19].any()
     assert not grad[:, reach + 18 :].any()
+
+
+def assert_close_to_float64(qkv: Tensor, lengths: list[int], bias: Tensor, tolerance: float) -> None:
+    """Result and gradients, absolutely, where numbers are too large for the tolerance rule to say anything."""
+    arguments = (cu_seqlens(lengths, qkv.device), max(lengths), 0.0, None, 0)
+    value, gradients = value_and_gradients(ops.packed_attention, (qkv, *arguments, bias))
+    exact = value_and_gradients(reference.packed_attention, (qkv.double(), *arguments, bias.double()))
+    for found, wanted in zip((value, *gradients), (exact[0], *exact[1]), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance)
+
+
+@every_backend
+@pytest.mark.parametrize("lengths", [[5, 0, 17], [70]])
+@pytest.mark.parametrize("size", [100.0, -100.0])
+def test_bias_that_overflows_an_exponential(name: str, lengths: list[int], size: float, device: torch.device) -> None:
+    """Past e^88 every weight that is formed without its row's maximum is infinite, in lanes that hold no query too."""
+    qkv = randn(sum(lengths), 3, 2, 10, device=device)
+    bias = randn(2, 2 * max(lengths) - 1, device=device) + size
+    with serving(name, OPERATOR, device=device):
+        assert_close_to_float64(qkv, lengths, bias, 1e-4)
+
+
+@every_backend
+@pytest.mark.parametrize("reach", [3, 50])
+def test_bias_of_minus_infinity_keeps_keys_out(name: str, reach: int, device: torch.device) -> None:
+    """A window round each query: whole blocks of keys that a long sequence is cut into have no weight at all."""
+    longest = reach + 20 if interpreted(name, device) else 150
+    qkv, bias = randn(longest + 3, 3, 2, 10, device=device), randn(2, 2 * longest - 1, device=device)
+    bias[:, (torch.arange(2 * longest - 1) - longest + 1).abs() > reach] = -math.inf
+    with serving(name, OPERATOR, device=device):
+        assert_close_to_float64(qkv, [longest, 3], bias, 1e-4)
 
 
 @every_backend

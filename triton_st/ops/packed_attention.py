@@ -37,7 +37,7 @@ def packed_attention(
         seed: int64, one element, on qkv's device; needed where dropout_p is not 0.
         stream: names the place in the model, so that no two places drop alike under one seed.
         relative_bias: [H, 2 P - 1], float32 (float64 if qkv is), P at least max_seqlen: added to the score of a key by
-            its distance from the query, key minus query, which counts from 1 - P.
+            its distance from the query, key minus query, which counts from 1 - P. −inf keeps a key out.
 
     Returns:
         [T, H · d] in qkv's dtype. A finite value past float16's range becomes its largest.
