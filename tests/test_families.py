@@ -156,6 +156,16 @@ def test_the_longest_sequence_is_what_the_position_table_serves(family):
         ours(**pack([[7] * 65]))
 
 
+def test_mpnets_distances_fall_into_transformers_buckets():
+    """Up to past the last, which the short batches of the other tests do not reach."""
+    distances = torch.arange(-600, 601)
+    encoder = transformers.models.mpnet.modeling_mpnet.MPNetEncoder
+    wanted = encoder.relative_position_bucket(distances, num_buckets=32)
+    model = models.MPNetModel(CONFIGS["mpnet"]())
+    rows = model.encoder.relative_attention_bias.weight
+    assert torch.equal(model.relative_bias(601), rows[wanted].t())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initial_weights_have_transformers_distribution(family):
     torch.manual_seed(0)
