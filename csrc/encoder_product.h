@@ -270,13 +270,15 @@ const float* split_panel(const T* weights, int64_t inputs) {
   return parts;
 }
 
-// The same by tiles, which the caller holds. The values of one block of sums are made and consumed while tiles form the next.
+// The same by tiles, which the caller holds. The values of one block of sums are made and consumed while tiles form the
+// next.
 template <class P, class Consume>
 void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& dense, int64_t panel, int64_t panels,
                    Consume&& consume)
   requires(P::kTiled)
 {
   using Sum = typename P::Sum;
+  if (rows == 0) return;
   const int64_t chunks = part_lanes<P>(dense.inputs) / kAmxLanes;
   struct Block {
     Values<P> values;

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.lesser import lesser_forms
 from tests.serving import every_backend, every_dtype, interpreted, serving, threads
+from tests.test_extension import finish, start
 from tests.tolerance import assert_matches_reference
 from triton_st import backend, ops, reference
 from triton_st.ops.bert_layer import BertLayerParameters
@@ -314,3 +317,31 @@ def test_the_reference_serves_float64() -> None:
     expected = gradients(layer(reference.bert_layer, CASES[1], cu_seqlens), hidden, wide)
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+# --- instruction sets ---
+
+PARITY = """
+import sys
+sys.path[:0] = {paths!r}
+from triton_st import extension
+names = ("bert_layer", "bert_layer_backward")
+sources = [path for path in extension.sources() if path.suffix == ".h" or path.stem in names]
+extension.sources = lambda: sources  # the other operators have forms of their own to test
+import torch
+import tests.test_bert_layer as this
+for case in (this.SMALL, this.CASES[1], this.CASES[4]):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        hidden, cu_seqlens, parameters = this.layer_inputs(case, dtype)
+        ours, plain = (this.layer(m.bert_layer, case, cu_seqlens) for m in (this.ops, this.reference))
+        with this.backend.use("cpp"):
+            this.assert_matches_reference(ours, plain, [hidden, *parameters])
+"""
+
+
+def test_forms_for_lesser_processors(tmp_path: Path) -> None:
+    """Products by vectors, with and without pairs of bf16."""
+    code = PARITY.format(paths=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    forms = lesser_forms("x86-64-v4", "x86-64-v3", "x86-64")
+    for process in [start(code, tmp_path, TRITON_ST_CXXFLAGS=flags) for flags in forms]:
+        finish(process)

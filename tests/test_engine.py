@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from lesser import lesser_forms
 from serving import threads
 from small_model import bert_config, random_batch
 from test_extension import finish, start
@@ -410,6 +411,16 @@ def test_bad_settings() -> None:
         Engine(bert().double()).embed(batch["input_ids"], batch["cu_seqlens"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sequences_without_a_token(dtype: str) -> None:
+    ids, offsets = torch.zeros(0, dtype=torch.int64), torch.tensor([0, 0, 0])
+    for number in (1, 2):
+        with threads(number):
+            embeddings = Engine(bert(), dtype).embed(ids, offsets, normalize=True)
+        assert embeddings.shape == (2, bert().config.hidden_size)
+        assert not embeddings.any()
+
+
 # --- instruction sets ---
 
 PARITY = """
@@ -429,8 +440,8 @@ for dtype in t.DTYPES:
 
 
 def test_forms_for_lesser_processors(tmp_path: Path) -> None:
-    """AVX-512 without bf16 and int8 products, AVX2, and neither."""
+    """No AMX, AVX-512 without bf16 and int8 products, AVX2, and neither."""
     code = PARITY.format(tests=str(Path(__file__).parent))
-    processors = ("x86-64-v4", "x86-64-v3", "x86-64")
-    for process in [start(code, tmp_path, TRITON_ST_CXXFLAGS=f"-O1 -march={processor}") for processor in processors]:
+    forms = lesser_forms("x86-64-v4", "x86-64-v3", "x86-64")
+    for process in [start(code, tmp_path, TRITON_ST_CXXFLAGS=flags) for flags in forms]:
         finish(process)

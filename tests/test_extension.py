@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lesser import lesser_forms
 
 from triton_st import extension
 
@@ -226,8 +227,9 @@ with backend.use("cpp"):
 """
 
 
-def test_avx2_and_portable_forms(tmp_path: Path) -> None:
+def test_forms_for_lesser_processors(tmp_path: Path) -> None:
     """The processor that tests run on has one instruction set; the forms for lesser ones are built and run as well."""
     code = PARITY.format(tests=str(Path(__file__).parent))
-    for process in [start(code, tmp_path, TRITON_ST_CXXFLAGS=f"-O1 -march={a}") for a in ("x86-64-v3", "x86-64")]:
+    forms = lesser_forms("x86-64-v3", "x86-64")
+    for process in [start(code, tmp_path, TRITON_ST_CXXFLAGS=flags) for flags in forms]:
         finish(process)
