@@ -20,8 +20,8 @@ namespace triton_st {
 #if defined(TRITON_ST_AMX)
 
 inline constexpr bool kAmx = true;
-inline constexpr int kAmxRows = 16;           // of a tile
-inline constexpr int kAmxLanes = 16;          // of a tile's row
+inline constexpr int kAmxRows = 16;             // of a tile
+inline constexpr int kAmxLanes = 16;            // of a tile's row
 inline constexpr int kAmxBlock = 2 * kAmxRows;  // rows and columns of a block of sums: four tiles
 
 // The tile registers, set up for as long as this lives, and given back: a thread that holds them is costly to switch.
@@ -133,17 +133,23 @@ void multiply_tiles(const float* a, int64_t stride, int64_t part_stride, const f
   }
 }
 
+// Rounding must not make an infinity of a finite number. NaN stays.
+inline Vec within_bf16(Vec x) {
+  const Vec most = as_floats(Ints{} + 0x7f7f0000);
+  return minimum(most, maximum(-most, x));
+}
+
 // A left operand's next of three parts of 2 · kWidth numbers: they are rounded to bf16, and what is left of them stays in
-// `low` and `high`. Three parts hold all 24 bits.
+// `low` and `high`. Three parts hold all 24 bits of a number whose last place is not subnormal.
 inline Vec take_part(Vec& low, Vec& high) {
-  const __m512i part = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  const __m512i part = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(within_bf16(high), within_bf16(low)));
   low -= widen_bf16(_mm512_castsi512_si256(part));
   high -= widen_bf16(_mm512_extracti64x4_epi64(part, 1));
   return reinterpret_cast<Vec>(part);
 }
 
 // A right operand's, of two steps: lane i = the pair (first[i], second[i]). They are cut off, which is sooner done; that
-// the left's are rounded keeps the products that are left out below fp32's last place.
+// the left's are rounded keeps the products that are left out at about fp32's last place.
 inline Vec take_part_across(Vec& first, Vec& second) {
   const Ints high = Ints{} + static_cast<int32_t>(0xffff0000);
   const Ints first_part = as_ints(first) & high, second_part = as_ints(second) & high;

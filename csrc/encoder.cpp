@@ -43,7 +43,8 @@ int64_t cache_bytes() {
   return bytes;
 }
 
-// Rows whose widest activations take half of the second-level cache; weights and what else there is lie beside them.
+// Rows of a block, for which half of the second-level cache is kept: for the widest activations, or, with tiles, which
+// wait for memory sooner, for all of the feed-forward layers' (sums, operand, hidden activations and their operand).
 template <class P>
 int64_t most_block_rows(const Sizes& sizes) {
   const int64_t columns = std::min(sizes.padded_intermediate(), kFeedColumns<P>), hidden = sizes.padded_hidden();
@@ -191,7 +192,7 @@ void run_together(const Model& model, const Batch& batch, const Output& output, 
 Tensor encoder_pack(int64_t precision, int64_t layers, int64_t hidden, int64_t heads, int64_t intermediate, double eps,
                     const std::vector<Tensor>& weights) {
   STD_TORCH_CHECK(heads > 0 && hidden % heads == 0, "encoder_pack: hidden should be a multiple of heads");
-  const Sizes sizes{kPackedMagic, 0, precision, kWidth, layers, hidden, heads, intermediate, eps};
+  const Sizes sizes{kPackedMagic, 0, precision, kPackedForm, layers, hidden, heads, intermediate, eps};
   return with_precision(static_cast<Precision>(precision), [&](auto p) { return pack<decltype(p)>(sizes, weights); });
 }
 
@@ -262,7 +263,7 @@ void encoder_forward(const Tensor& packed, const Tensor& word, const Tensor& pos
   STD_TORCH_CHECK(packed.numel() >= static_cast<int64_t>(sizeof sizes), "encoder_forward: not packed weights");
   char* begin = data<char>(packed);
   std::memcpy(&sizes, begin, sizeof sizes);
-  STD_TORCH_CHECK(sizes.magic == kPackedMagic && sizes.bytes == packed.numel() && sizes.width == kWidth,
+  STD_TORCH_CHECK(sizes.magic == kPackedMagic && sizes.bytes == packed.numel() && sizes.form == kPackedForm,
                   "encoder_forward: not weights that were packed for this processor");
   Batch batch{integers(input_ids), integers(cu_seqlens), integers(token_type_ids), cu_seqlens.numel() - 1,
               matrix<float>(word), matrix<float>(position), std::nullopt, position_offset, std::nullopt};

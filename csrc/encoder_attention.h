@@ -128,10 +128,9 @@ inline void transpose_values(const float* paired, int64_t pairs, int64_t size, f
   }
 }
 
-// attend() by tiles, which the caller holds: outputs are formed transposed, so that weights are a right operand as they
-// lie. Rows of keys past the last are read, and what becomes of them is not.
-inline void attend_tiled(const Head<BFloat16>& head, float scale, const float* bias, BFloat16* out,
-                         int64_t out_stride) {
+// What the attend() below does, by tiles, which the caller holds: outputs are formed transposed, so that weights are a
+// right operand as they lie. Rows of keys past the last are read, and what becomes of them is not.
+inline void attend(const Head<BFloat16>& head, float scale, const float* bias, BFloat16* out, int64_t out_stride) {
   const int64_t length = head.length, steps = head.size / 2, pairs = ceil_div(length, 2);
   const int64_t padded_pairs = round_up(pairs, kAmxLanes), values_stride = padded_pairs + kAmxLanes;
   float* queries = attention_scratch.queries.reserve(steps * kPanel);
@@ -189,9 +188,6 @@ inline void attend_tiled(const Head<BFloat16>& head, float scale, const float* b
 template <class T>
 void attend(const Head<T>& head, float scale, const float* bias, T* out, int64_t out_stride) {
   constexpr bool kPaired = sizeof(T) == 2;
-#if defined(TRITON_ST_AMX)
-  if constexpr (kPaired) return attend_tiled(head, scale, bias, out, out_stride);
-#endif
 #if defined(TRITON_ST_BF16_DOT)
   using P = std::conditional_t<kPaired, PairPrecision, FloatPrecision>;
 #else

@@ -25,10 +25,11 @@ auto with_precision(Precision precision, F&& f) {
   STD_TORCH_CHECK(false, "not a precision: ", static_cast<int64_t>(precision));
 }
 
-inline constexpr int64_t kPackedMagic = 0x7473742d656e6301;
+inline constexpr int64_t kPackedMagic = 0x7473742d656e6302;
+inline constexpr int64_t kPackedForm = 2 * kWidth + kAmx;  // what the layout depends on besides the sizes
 
 struct Sizes {
-  int64_t magic, bytes, precision, width;
+  int64_t magic, bytes, precision, form;
   int64_t layers, hidden, heads, intermediate;
   double eps;
 
@@ -38,8 +39,8 @@ struct Sizes {
   int64_t padded_intermediate() const { return round_up(intermediate, kPanel); }
   int64_t padded_head() const {
     // Tiles multiply 32 numbers of bf16 at a time.
-    const bool tiled = kAmx && precision != static_cast<int64_t>(Precision::kFloat32) &&
-                       precision != static_cast<int64_t>(Precision::kFloat16);
+    const bool tiled = kAmx && (precision == static_cast<int64_t>(Precision::kBFloat16) ||
+                                precision == static_cast<int64_t>(Precision::kInt8));
     return round_up(head(), tiled ? kPanel : kWidth);
   }
   int64_t context() const { return round_up(heads * padded_head(), kPanel); }

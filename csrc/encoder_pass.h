@@ -163,20 +163,20 @@ class Pass {
         qkv_stride_(padded_stride<Activation>(3 * context_)),
         context_stride_(padded_stride<Activation>(context_)),
         fed_stride_(padded_stride<Activation>(hidden_columns)) {
-    // The last group of rows may be read past its end.
-    const int64_t rows = batch.cu_seqlens[last] - base_, some = kGroupRows<P>;
+    // Tiles read the last group of rows past its end.
+    const int64_t rows = batch.cu_seqlens[last] - base_, spare = P::kTiled ? kGroupRows<P> : 0;
     x_ = workspace.x.reserve(rows * x_stride_);
-    qkv_ = activations(workspace.qkv, (rows + some) * qkv_stride_);
-    attended_ = activations(workspace.context, (rows + some) * context_stride_);
-    if constexpr (!kSplit) fed_ = activations(workspace.hidden, (hidden_rows + some) * fed_stride_);
+    qkv_ = activations(workspace.qkv, (rows + spare) * qkv_stride_);
+    attended_ = activations(workspace.context, (rows + spare) * context_stride_);
+    if constexpr (!kSplit) fed_ = activations(workspace.hidden, (hidden_rows + spare) * fed_stride_);
     if constexpr (P::kQuantised || kSplit || !kFloatLanes) {
-      x_operand_ = own_lanes(workspace.x_lanes, rows + some, hidden_);
+      x_operand_ = own_lanes(workspace.x_lanes, rows + spare, hidden_);
     } else {
       x_operand_ = {x_, x_stride_, 0, nullptr, nullptr};
     }
     if constexpr (P::kQuantised || kSplit) {
-      context_operand_ = own_lanes(workspace.context_lanes, rows + some, context_);
-      hidden_operand_ = own_lanes(workspace.hidden_lanes, hidden_rows + some, hidden_columns);
+      context_operand_ = own_lanes(workspace.context_lanes, rows + spare, context_);
+      hidden_operand_ = own_lanes(workspace.hidden_lanes, hidden_rows + spare, hidden_columns);
     } else {
       context_operand_ = {reinterpret_cast<const float*>(attended_), context_stride_ / P::kStep, 0, nullptr, nullptr};
       hidden_operand_ = {reinterpret_cast<const float*>(fed_), fed_stride_ / P::kStep, 0, nullptr, nullptr};
@@ -272,20 +272,22 @@ class Pass {
 
   // Rows of the hidden activations' memory.
   void finish_hidden(int64_t row, int64_t rows) {
-    for (int64_t r = row; r < row + rows; ++r) quantise_row(fed_ + r * fed_stride_, intermediate_, hidden_operand_, r);
+    if constexpr (P::kQuantised) {
+      for (int64_t r = row; r < row + rows; ++r) quantise_row(fed_ + r * fed_stride_, intermediate_, hidden_operand_, r);
+    }
   }
 
   // Of inputs [column, column + columns), kFeedColumns at a time.
   void feed_down(const Layer& layer, Corner corner, int64_t row, int64_t rows, int64_t panel, int64_t panels,
                  int64_t column, int64_t columns) {
-    for (int64_t c = column; c < column + columns; c += kFeedColumns<P>) {
+    for (int64_t begin = column; begin < column + columns; begin += kFeedColumns<P>) {
       Dense part = layer.down;
       Operand hidden = hidden_operand_;
       if constexpr (P::kTiled && !P::kQuantised) {
-        part.panels = static_cast<const typename P::Weight*>(part.panels) + c / P::kStep * kPanel;
-        part.inputs = std::min(kFeedColumns<P>, column + columns - c);
-        if (c > 0) part.bias = nullptr;
-        hidden.lanes += (c - corner.column) / 2;
+        part.panels = static_cast<const typename P::Weight*>(part.panels) + begin / P::kStep * kPanel;
+        part.inputs = std::min(kFeedColumns<P>, column + columns - begin);
+        if (begin > 0) part.bias = nullptr;
+        hidden.lanes += (begin - corner.column) / 2;
       }
       dense_product<P>(hidden, row - corner.row, rows, part, panel, panels,
                        [&](int64_t r, int64_t c, Vec low, Vec high) { add_to_x(r + corner.row, c, low, high); });
@@ -367,7 +369,7 @@ class Pass {
   int64_t base_, hidden_, context_, intermediate_;
   int64_t x_stride_, qkv_stride_, context_stride_, fed_stride_;
   float* x_;
-  Activation *qkv_, *attended_, *fed_;
+  Activation *qkv_, *attended_, *fed_ = nullptr;
   Operand x_operand_, context_operand_, hidden_operand_;
 };
 

@@ -1,7 +1,7 @@
 // Products of activations with weights that are packed once: fp32, weights stored in half, pairs of bf16, and int8.
-// Every result is summed over the inner dimension from its first step to its last, whatever the rows beside it, so that
-// the bits of a row depend on that row alone. Where the processor has AMX, tiles form all of them, fp32 as three parts
-// of bf16.
+// Every result is summed in an order that the inner dimension alone decides, whatever the rows beside it, so that the
+// bits of a row depend on that row alone. Where the processor has AMX, tiles form those of the encoder's layers, fp32 as
+// three parts of bf16.
 #pragma once
 
 #include <array>
@@ -101,12 +101,12 @@ struct Int8Precision {
   }
 };
 
-// Rows that are multiplied at a time. Tiles read whole groups: operands end in as many readable rows.
+// Rows that are multiplied at a time. Tiles read whole groups: their operands end in as many readable rows.
 template <class P>
 inline constexpr int64_t kGroupRows = P::kTiled ? kPanel : kTileRows;
 
-// Steps of a panel, and lanes of each part of a left operand's row. Tiles take 16 lanes; what an operand has beyond its
-// inputs there meets zeros.
+// Steps of a panel, and lanes of each part of a left operand's row. Tiles take 16 lanes: of bytes, what an operand has
+// beyond its inputs there, anything, meets zeros; of pairs, sizes padded to kPanel leave nothing beyond.
 template <class P>
 constexpr int64_t panel_steps(int64_t inputs) {
   return P::kTiled && P::kStep > 1 ? round_up(inputs / P::kStep, kWidth) : inputs / P::kStep;
@@ -119,7 +119,7 @@ constexpr int64_t part_lanes(int64_t inputs) {
 // Inputs of the second feed-forward layer that are summed before they are added up, and hidden activations that are held:
 // tiles read few columns of many rows soonest. A row of bytes has one scale, so it is whole.
 template <class P>
-inline constexpr int64_t kFeedColumns = P::kQuantised || !P::kTiled ? int64_t{1} << 30 : P::kParts > 1 ? 384 : 768;
+inline constexpr int64_t kFeedColumns = !P::kTiled || P::kQuantised ? int64_t{1} << 30 : (P::kParts > 1 ? 384 : 768);
 
 // --- the register tile ---
 

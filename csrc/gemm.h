@@ -23,6 +23,9 @@ inline constexpr int kTileRows = 14;  // 28 sums, 2 vectors of the right operand
 inline constexpr int kTileRows = 6;  // 12, 2 and 1: 15 of 16 registers
 #endif
 inline constexpr int kPanel = 2 * kWidth;  // columns of a tile, and of a panel of the right operand
+#if defined(TRITON_ST_AMX)
+static_assert(kPanel == kAmxBlock && kWidth == kAmxLanes, "AMX's tiles read panels as they lie");
+#endif
 
 #if defined(TRITON_ST_BF16_DOT)
 template <class T>

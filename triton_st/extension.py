@@ -64,7 +64,11 @@ def compiler() -> str:
 
 @functools.cache
 def _amx_permitted() -> bool:
-    """Ask Linux to let this process, and those that it forks, use AMX's tiles; it kills whoever uses them unasked."""
+    """Ask Linux to let this process, and those that it forks, use AMX's tiles; it kills whoever uses them unasked.
+
+    From then on signal stacks have to hold the tiles: `sigaltstack` refuses smaller ones. Where a thread has such a one
+    already Linux refuses, and the kernels are built without AMX.
+    """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
