@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from serving import threads
+from tqdm.auto import tqdm
 
 from tests.small_model import WORDS, small_model
 from triton_st import SentenceTransformer, encoding
@@ -104,7 +105,7 @@ def test_an_interruption_leaves_the_model_as_it_was(model, monkeypatch, backend_
     if backend_of == "model":
         model.train()  # which the engine does not serve
     texts = TEXTS * 60
-    wanted = model.encode(TEXTS)
+    wanted = model.encode(TEXTS, show_progress_bar=True)  # tqdm's first bar starts a thread that stays
     before = threading.active_count()
     with monkeypatch.context() as patch:
         interrupt_when(model, 10_000, patch)
@@ -165,6 +166,14 @@ def test_threads_that_begin_at_once(dtype: str) -> None:
         expected = found[0] if expected is None else expected
         for embeddings in found:
             np.testing.assert_array_equal(embeddings, expected)
+
+
+def test_nothing_is_waited_for_where_no_bar_is_shown(model) -> None:
+    """Whoever was interrupted while tqdm took its lock has left it locked."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, tqdm.get_lock():
+        for output_value in ("sentence_embedding", "token_embeddings"):
+            call = pool.submit(model.encode, TEXTS, output_value=output_value, show_progress_bar=False)
+            assert len(call.result(timeout=60)) == len(TEXTS)
 
 
 # --- characters ---

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from triton_st import multi_process, util
 from triton_st.engine import settle_after_fork
 from triton_st.inference import Inference
 from triton_st.models.packing import Features, pack
+from triton_st.progress import progress
 from triton_st.quantization import check_precision, quantize_embeddings, quantized_shape
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Encoding(Inference):
         if device is not None:
             self.to(device)
         tokens = batch_size * _TOKENS_PER_TEXT
-        with tqdm(total=len(texts), desc="Encode", unit="text", disable=not show_progress_bar) as bar:
+        with progress(bool(show_progress_bar), total=len(texts), desc="Encode", unit="text") as bar:
             if output_value != "sentence_embedding":
                 items = self._features(texts, before, tokens, dimension, output_value is None, bar)
                 if output_value is not None:

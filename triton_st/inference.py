@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from triton_st import backend
@@ -19,6 +18,7 @@ from triton_st.graphs import GraphedEncoder, eager_states
 from triton_st.models.encoder import PackedEncoder
 from triton_st.models.packing import Features, pack, to_device
 from triton_st.models.pooling import Dense, Normalize, Pooling
+from triton_st.progress import Bar, Silent
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Inference(nn.Module):
         return {**features, "token_embeddings": hidden, "sentence_embedding": pooled}
 
     def _batches(
-        self, texts: list[str], prompt: str, tokens: int, bar: tqdm
+        self, texts: list[str], prompt: str, tokens: int, bar: Bar
     ) -> Generator[tuple[list[int], list[list[int]], Features]]:
         """The indices and token ids of each batch's texts, longest first in each part of the texts, and its outputs."""
         dtype, prompt_length = self._activation_dtype(), self._uncounted(prompt)
@@ -128,7 +128,7 @@ class Inference(nn.Module):
 
     # --- either way ---------------------------------------------------------------------------------------------------
 
-    def _embeddings(self, texts: list[str], prompt: str, tokens: int, dimension: int, bar: tqdm) -> Tensor:
+    def _embeddings(self, texts: list[str], prompt: str, tokens: int, dimension: int, bar: Bar) -> Tensor:
         """Embeddings [n, dimension]."""
         embeddings = torch.empty(len(texts), dimension, device=self.device)
         if (engine := self._cpu_engine()) is not None:
@@ -154,7 +154,7 @@ class Inference(nn.Module):
             self._engine = Engine(encoder, self.inference_dtype)
         return self._engine
 
-    def _embed_with(self, engine: Engine, texts: list[str], prompt: str, out: Tensor, bar: tqdm) -> None:
+    def _embed_with(self, engine: Engine, texts: list[str], prompt: str, out: Tensor, bar: Bar) -> None:
         """Embed into out [n, dimension]; texts are tokenized while others are embedded."""
         unit = len(self.head) == 1 and isinstance(self.head[0], Normalize)
         direct = unit or len(self.head) == 0
@@ -175,7 +175,7 @@ class Inference(nn.Module):
                 out.copy_(pooled[:, : out.shape[1]])
 
     def _features(
-        self, texts: list[str], prompt: str, tokens: int, dimension: int, everything: bool, bar: tqdm
+        self, texts: list[str], prompt: str, tokens: int, dimension: int, everything: bool, bar: Bar
     ) -> list[dict[str, Tensor]]:
         """Of every text: `token_embeddings` [L, D]; if `everything`, `input_ids` [L], `sentence_embedding` [D] too."""
         items: list[dict[str, Tensor]] = [{} for _ in texts]
@@ -188,7 +188,7 @@ class Inference(nn.Module):
                 bar.update(len(items[part]))
             if everything:
                 embeddings = torch.empty(len(texts), dimension)
-                self._embed_with(engine, texts, prompt, embeddings, tqdm(disable=True))
+                self._embed_with(engine, texts, prompt, embeddings, Silent())
                 for item, embedding in zip(items, embeddings, strict=True):
                     item["sentence_embedding"] = embedding
             return items

@@ -82,7 +82,7 @@ def encode_in_pool(
         try:
             for number, start in enumerate(starts):
                 pool["input"].put((call, number, texts[start : start + chunk_size], arguments))
-            for _ in tqdm(starts, desc="Encode", unit="chunk", disable=not show_progress_bar):
+            for _ in tqdm(starts, desc="Encode", unit="chunk") if show_progress_bar else starts:
                 number, result = _next_result(pool, call)
                 results[number] = result
         except BaseException:  # KeyboardInterrupt too: nobody wants the rest
