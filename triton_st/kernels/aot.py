@@ -74,9 +74,9 @@ PRECISIONS = {
     "tf32": (torch.float32, "high"),
     "fp32": (torch.float32, "highest"),
 }
-WIDTHS = {"fp16": (50, 384, 1024), "bf16": (384,), "tf32": (384,), "fp32": (50, 384)}
-"""Rows of 50 numbers are no multiples of 16 bytes; those of 384 and 1024 are."""
-STREAMED = {("fp16", 50), ("fp16", 384), ("fp32", 384)}
+WIDTHS = {"fp16": (50, 384, 768, 1024), "bf16": (384,), "tf32": (384,), "fp32": (50, 384)}
+"""Rows of 50 numbers are no multiples of 16 bytes; those of the others are."""
+STREAMED = {("fp16", 50), ("fp16", 384), ("fp16", 768), ("fp32", 384)}
 
 
 @dataclasses.dataclass(frozen=True)
