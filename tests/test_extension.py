@@ -51,7 +51,7 @@ def start(code: str, cache: Path | str, **environment: str) -> subprocess.Popen[
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)  # several builds at once may share two cores with other tests
     assert process.returncode == 0, err
     return out
 
