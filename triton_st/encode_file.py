@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from triton_st.data import decoded_lines
+from triton_st.progress import progress
 from triton_st.quantization import quantized_shape
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def encode_file(
         resumed = partial.open(width * dtype.itemsize)
         with (
             source.open("rb") as file,
-            tqdm(total=rows, initial=resumed, desc="Encode", unit="line", disable=not show_progress_bar) as bar,
+            progress(show_progress_bar, total=rows, initial=resumed, desc="Encode", unit="line") as bar,
         ):
             lines = itertools.islice(_lines(file, source), resumed, None)
             for embeddings in model.encode_iter(

@@ -90,7 +90,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         replays: list[_Replay] = []
         embedded = []
         with torch.no_grad():
-            for part in tqdm(parts, desc="Embed mini-batches", disable=not self.show_progress_bar):
+            for part in tqdm(parts, desc="Embed mini-batches") if self.show_progress_bar else parts:
                 replays.append(_Replay(self.model, part))
                 embedded.append(embed(self.model, [part]))
         embeddings = torch.cat(embedded).requires_grad_(wants_gradient)
