@@ -60,10 +60,6 @@ inline constexpr int kSumVectors = 24;
 inline constexpr int kSumVectors = 12;
 #endif
 
-// What comes about this many bytes later is asked for by name: the processor's own prefetching knows nothing of the run
-// after this one, and is too slow for half precision, whose widening fills its window of instructions.
-constexpr int64_t kPrefetchBytes = 8 << 10;
-
 // Tokens next to each other, all wanted.
 template <class T>
 struct Run {
@@ -71,20 +67,49 @@ struct Run {
   int64_t count;
 };
 
+// Goes through the rows of runs as their sums do, about kPrefetchBytes earlier, to ask for them by name: the
+// processor's own prefetching knows nothing of the run after this one, and is too slow for half precision, whose
+// widening fills its window of instructions.
+template <class T>
+class Ahead {
+ public:
+  Ahead(const Run<T>* runs, int64_t count, int64_t row_bytes) : runs_(runs), last_(count - 1) {
+    row_ = kPrefetchBytes / std::max<int64_t>(row_bytes, 1);
+    for (; run_ < last_ && row_ >= runs_[run_].count; ++run_) row_ -= runs_[run_].count;
+  }
+
+  // The row to ask for now; the last one again and again where there are no more.
+  const T* next(int64_t stride) {
+    const Run<T> run = runs_[run_];
+    const T* row = run.first + std::min(row_, run.count - 1) * stride;
+    if (++row_ >= run.count && run_ < last_) {
+      ++run_;
+      row_ = 0;
+    }
+    return row;
+  }
+
+ private:
+  static constexpr int64_t kPrefetchBytes = 8 << 10;
+
+  const Run<T>* runs_;
+  int64_t run_ = 0, last_, row_;
+};
+
 // `count` adjacent vectors of sums = (or, onto them, +=) those of the run's rows; of the last vector `last` elements
-// count. Rows are asked for `ahead` rows before they are read, those of `next` when the run has no more.
+// count.
 template <class T, int kCount, bool kWhole>
-void add_columns(float* sums, Run<T> run, Run<T> next, int64_t stride, int64_t ahead, int last, bool onto) {
+void add_columns(float* sums, Run<T> run, Ahead<T>& ahead, int64_t column, int64_t stride, int last, bool onto) {
+  sums += column;
   Vec total[kCount];
 #pragma GCC unroll 24
   for (int v = 0; v < kCount; ++v) total[v] = onto ? load(sums + v * kWidth) : Vec{};
-  const T* row = run.first;
+  const T* row = run.first + column;
   for (int64_t r = 0; r < run.count; ++r, row += stride) {
-    const int64_t left = run.count - ahead;
-    const T* later = r < left ? row + ahead * stride : next.first + std::min(r - left, next.count - 1) * stride;
+    const T* later = ahead.next(stride) + column;
 #pragma GCC unroll 24
     for (int v = 0; v < kCount; ++v) {
-      if (v * kWidth * static_cast<int>(sizeof(T)) % 64 == 0) __builtin_prefetch(later + v * kWidth);
+      if (v * kWidth * static_cast<int>(sizeof(T)) % kLine == 0) __builtin_prefetch(later + v * kWidth);
       total[v] += kWhole || v + 1 < kCount ? load(row + v * kWidth) : load(row + v * kWidth, last);
     }
   }
@@ -93,7 +118,7 @@ void add_columns(float* sums, Run<T> run, Run<T> next, int64_t stride, int64_t a
 }
 
 template <class T>
-using AddColumns = void (*)(float*, Run<T>, Run<T>, int64_t, int64_t, int, bool);
+using AddColumns = void (*)(float*, Run<T>, Ahead<T>&, int64_t, int64_t, int, bool);
 
 template <class T, bool kWhole>
 AddColumns<T> add_columns_of(int64_t count) {
@@ -105,14 +130,16 @@ AddColumns<T> add_columns_of(int64_t count) {
 
 // sums[0 … round_up(d, kWidth)) = (or, onto them, +=) Σ of the run's rows, `stride` elements apart.
 template <class T>
-void add_run(float* sums, Run<T> run, Run<T> next, int64_t d, int64_t stride, int64_t ahead, bool onto) {
+void add_run(float* sums, Run<T> run, Ahead<T>& ahead, int64_t d, int64_t stride, bool onto) {
   const int64_t vectors = ceil_div(d, kWidth), blocks = ceil_div(vectors, kSumVectors);
+  const Ahead<T> begun = ahead;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = vectors * block / blocks, count = vectors * (block + 1) / blocks - begin;
     const int64_t column = begin * kWidth;
     const int last = static_cast<int>(std::min<int64_t>(d - column - (count - 1) * kWidth, kWidth));
     const auto add = last == kWidth ? add_columns_of<T, true>(count) : add_columns_of<T, false>(count);
-    add(sums + column, {run.first + column, run.count}, {next.first + column, next.count}, stride, ahead, last, onto);
+    ahead = begun;
+    add(sums, run, ahead, column, stride, last, onto);
   }
 }
 
@@ -179,16 +206,12 @@ Tensor masked_mean_pool(const Tensor& hidden_in, const Tensor& attention_mask) {
                   [&](int64_t run, int64_t n) { runs.push_back({origin + run * stride, n}); });
         ends.push_back(static_cast<int64_t>(runs.size()));
       }
+      Ahead<T> ahead(runs.data(), static_cast<int64_t>(runs.size()), row_bytes);
       for (int64_t piece = first, run = 0; piece < last; ++piece) {
         float* sums = pieces > 1 ? partials.get() + piece * padded : scratch.reserve(padded);
         const int64_t begin = run, end = ends[piece - first];
         if (begin == end) std::fill_n(sums, padded, 0.f);
-        for (; run < end; ++run) {
-          const bool more = run + 1 < static_cast<int64_t>(runs.size());
-          // From further ahead than a run is long, the next one's beginning would not be asked for, but padding.
-          const int64_t ahead = std::min(runs[run].count, ceil_div(kPrefetchBytes, std::max<int64_t>(row_bytes, 1)));
-          add_run(sums, runs[run], runs[more ? run + 1 : run], d, stride, ahead, run > begin);
-        }
+        for (; run < end; ++run) add_run(sums, runs[run], ahead, d, stride, run > begin);
         if (pieces == 1) write_mean(output + piece * d, sums, counts[piece], d);
       }
     });
@@ -234,8 +257,9 @@ Tensor packed_mean_pool(const Tensor& hidden_in, const Tensor& cu_seqlens) {
         float* sums = length > kPiece ? slot(start + offset, offset == 0) : scratch.reserve(padded);
         const T* rows = input.row(start + offset);
         if (n == 0) std::fill_n(sums, padded, 0.f);
-        const Run<T> next{rows + n * input.stride, tokens};
-        if (n > 0) add_run(sums, {rows, n}, next, d, input.stride, ceil_div(kPrefetchBytes, row_bytes), false);
+        const Run<T> rest{rows, tokens - start - offset};
+        Ahead<T> ahead(&rest, 1, row_bytes);
+        if (n > 0) add_run(sums, {rows, n}, ahead, d, input.stride, false);
         if (length <= kPiece) write_mean(output + s * d, sums, n, d);
       }
     };
@@ -286,16 +310,25 @@ Tensor new_gradient(const Tensor& grad, std::initializer_list<int64_t> sizes) {
   return Tensor(handle);
 }
 
+// Outputs of so many bytes outlive no cache by the time that somebody reads them, and are written past the caches: up
+// to a third faster, reading them included. Those that are mapped anew are not, since the system has just cleared them
+// and has them in the caches.
+constexpr int64_t kStreamed = 8 << 20;
+
+bool is_streamed(const Tensor& gradient) {
+  const int64_t bytes = gradient.numel() * static_cast<int64_t>(gradient.element_size());
+  return bytes >= kStreamed && bytes < kMapped;
+}
+
 // A row repeated so that a block of it can be read at every offset below the row's size. Blocks begin with a cache line
-// of the output, which is what keeps narrow rows as fast as wide ones. (Non-temporal stores were measured and are slower
-// wherever the output fits the caches, and no faster elsewhere: memory that is new to the process has just been cleared
-// by the system and is in the caches.)
-template <class T>
+// of the output, which is what keeps narrow rows as fast as wide ones.
 class Share {
  public:
   // The row is grad / max(count, 1), of d elements; at most `most` bytes are written at a time. Lives in memory of this
   // thread until the next one is made.
-  Share(const T* grad, int64_t count, int64_t d, int64_t most) : row_bytes_(d * static_cast<int64_t>(sizeof(T))) {
+  template <class T>
+  Share(const T* grad, int64_t count, int64_t d, int64_t most, bool streamed)
+      : row_bytes_(d * static_cast<int64_t>(sizeof(T))), streamed_(streamed) {
     const int64_t bytes = row_bytes_ + std::min(kBlock, most);
     memory_ = reinterpret_cast<char*>(scratch.reserve(ceil_div(bytes, 4)));
     T* row = reinterpret_cast<T*>(memory_);
@@ -309,13 +342,15 @@ class Share {
     }
   }
 
-  // Writes `count` bytes of the repeated row to p. What is long is copied from its own beginning: large copies are the
-  // processor's own to make, and it makes them without reading first what they overwrite.
+  // Writes `count` bytes of the repeated row to p. What is long and not streamed is copied from its own beginning: large
+  // copies are the processor's own to make, and it makes them without reading first what they overwrite.
   void write(char* p, int64_t count) const {
-    if (count < 2 * kFirst) return write_blocks(p, count);
+    if (streamed_) return write_blocks(p, count, stream_line);
+    auto copy_line = [](char* to, const char* from) { std::memcpy(to, from, kLine); };
+    if (count < 2 * kFirst) return write_blocks(p, count, copy_line);
     int64_t done = round_up(kFirst, row_bytes_);
-    if (done >= count) return write_blocks(p, count);
-    write_blocks(p, done);
+    if (done >= count) return write_blocks(p, count, copy_line);
+    write_blocks(p, done, copy_line);
     for (const int64_t most = 2 * done; done < count;) {
       const int64_t more = std::min({done, count - done, most});
       std::memcpy(p + done, p, more);
@@ -324,11 +359,11 @@ class Share {
   }
 
  private:
-  static constexpr int64_t kLine = 64;
   static constexpr int64_t kBlock = 1 << 10;
-  static constexpr int64_t kFirst = 16 << 10;
+  static constexpr int64_t kFirst = 4 << 10;
 
-  void write_blocks(char* p, int64_t count) const {
+  template <class WriteLine>
+  void write_blocks(char* p, int64_t count, WriteLine write_line) const {
     const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(p) % kLine, count);
     std::memcpy(p, memory_, head);
     const int64_t step = kBlock % row_bytes_;
@@ -336,7 +371,7 @@ class Share {
     for (p += head, count -= head; count >= kBlock; count -= kBlock, p += kBlock) {
       const char* from = memory_ + offset;
 #pragma GCC unroll 16
-      for (int64_t line = 0; line < kBlock; line += kLine) std::memcpy(p + line, from + line, kLine);
+      for (int64_t line = 0; line < kBlock; line += kLine) write_line(p + line, from + line);
       offset += step;
       offset = offset >= row_bytes_ ? offset - row_bytes_ : offset;
     }
@@ -345,7 +380,18 @@ class Share {
 
   char* memory_;
   int64_t row_bytes_;
+  bool streamed_;
 };
+
+void write_zeros(char* p, int64_t count, bool streamed) {
+  if (streamed) {
+    alignas(kLine) static constexpr char zeros[kLine] = {};
+    const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(p) % kLine, count);
+    std::memset(p, 0, head);
+    for (p += head, count -= head; count >= kLine; count -= kLine, p += kLine) stream_line(p, zeros);
+  }
+  std::memset(p, 0, count);
+}
 
 Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_mask) {
   const Tensor grad = dense_rows(grad_in);
@@ -354,6 +400,7 @@ Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_
   STD_TORCH_CHECK(grad.size(0) == b_count, "attention_mask does not fit grad");
   Tensor out = new_gradient(grad, {b_count, length, d});
   if (out.numel() == 0) return out;
+  const bool streamed = is_streamed(out);
   dispatch(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> gradient = matrix<T>(grad);
@@ -367,16 +414,18 @@ Tensor masked_mean_pool_backward(const Tensor& grad_in, const Tensor& attention_
       for (int64_t piece = unit * group; piece < std::min((unit + 1) * group, total); ++piece) {
         const int64_t b = piece / pieces, begin = piece % pieces * kPiece, end = std::min(begin + kPiece, length);
         const int64_t kept = mask.count(b, begin, end);
-        const Share<T> share(gradient.row(b), pieces > 1 ? counts[b] : kept, d, kept * row_bytes);
+        prefetch(gradient.row(std::min(b + 1, b_count - 1)), row_bytes);
+        const Share share(gradient.row(b), pieces > 1 ? counts[b] : kept, d, kept * row_bytes, streamed);
         char* p = output + (b * length + begin) * row_bytes;
         int64_t done = 0;
         mask.runs(b, begin, end, kept, [&](int64_t run, int64_t n) {
-          std::memset(p + done * row_bytes, 0, (run - done) * row_bytes);
+          write_zeros(p + done * row_bytes, (run - done) * row_bytes, streamed);
           share.write(p + run * row_bytes, n * row_bytes);
           done = run + n;
         });
-        std::memset(p + done * row_bytes, 0, (end - begin - done) * row_bytes);
+        write_zeros(p + done * row_bytes, (end - begin - done) * row_bytes, streamed);
       }
+      if (streamed) finish_streams();
     });
   });
   return out;
@@ -389,6 +438,7 @@ Tensor packed_mean_pool_backward(const Tensor& grad_in, const Tensor& cu_seqlens
   STD_TORCH_CHECK(grad.size(0) == sequences.count(), "cu_seqlens does not fit grad");
   Tensor out = new_gradient(grad, {tokens, d});
   if (out.numel() == 0) return out;
+  const bool streamed = is_streamed(out);
   dispatch(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> gradient = matrix<T>(grad);
@@ -401,9 +451,11 @@ Tensor packed_mean_pool_backward(const Tensor& grad_in, const Tensor& cu_seqlens
            s < sequences.count() && sequences.start(s) < before; ++s) {
         const int64_t begin = std::max(sequences.start(s), from), end = std::min(sequences.start(s + 1), before);
         if (begin >= end) continue;
-        const Share<T> share(gradient.row(s), sequences.length(s), d, (end - begin) * row_bytes);
+        prefetch(gradient.row(std::min(s + 1, sequences.count() - 1)), row_bytes);
+        const Share share(gradient.row(s), sequences.length(s), d, (end - begin) * row_bytes, streamed);
         share.write(output + begin * row_bytes, (end - begin) * row_bytes);
       }
+      if (streamed) finish_streams();
     });
   });
   return out;

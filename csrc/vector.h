@@ -164,6 +164,35 @@ inline float sum(Vec x) {
 
 #endif
 
+// --- cache lines ---
+
+inline constexpr int64_t kLine = 64;  // bytes
+
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
+// Copies a line to `to`, the beginning of one, past the caches where the processor can: the line is not read first, and
+// drives out nothing. Other threads see it after finish_streams().
+inline void stream_line(char* to, const char* from) {
+#if defined(TRITON_ST_AVX512)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(TRITON_ST_AVX2)
+  for (int half = 0; half < kLine; half += 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + half),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + half)));
+  }
+#else
+  std::memcpy(to, from, kLine);
+#endif
+}
+
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // --- functions ---
 
 // The larger and the lesser; b where either is NaN. By name, since GCC makes two instructions of a choice in which one
