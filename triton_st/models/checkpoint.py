@@ -109,7 +109,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return _read_safetensors(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"missing weights file: {path}") from None
@@ -117,11 +117,27 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a readable weights file ({error})") from error
 
 
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, in memory of their own: a model must survive its folder being written again.
+
+    safetensors maps the file, and what was read of it stays resident while it is open. Opened anew for each tensor, a
+    file costs no more memory than its largest one beside the result.
+    """
+    with safetensors.safe_open(path, "pt") as file:
+        names = list(file.keys())
+    state = {}
+    for name in names:
+        with safetensors.safe_open(path, "pt") as file:
+            state[name] = file.get_tensor(name).clone()
+    return state
+
+
 def _canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of a bare model, float32; heads of task models and buffers are left out."""
+    """`state`, which it empties, by the names of a bare model, float32; heads of task models and buffers are left out."""
     prefix = next((p for p in _PREFIXES if any(name.startswith(f"{p}embeddings.") for name in state)), "")
     tensors = {}
-    for name, tensor in state.items():
+    for name in list(state):
+        tensor = state.pop(name)  # what has another dtype is not needed any longer than its float32
         if not name.startswith(prefix):
             continue
         bare = name.removeprefix(prefix)
@@ -129,8 +145,7 @@ def _canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         for old, new in _OLD_NAMES.items():
             bare = bare.replace(old, new)
-        # A copy: safetensors maps the file, and a model must survive its folder being written again.
-        tensors[bare] = tensor.to(torch.float32, copy=True)
+        tensors[bare] = tensor.float()
     return tensors
 
 
