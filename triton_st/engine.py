@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 """Precisions, in the order in which the C++ side numbers them."""
 
-_FIRST_BLOCK, _LARGEST_BLOCK = 128, 2048
+_FIRST_BLOCK, _LARGEST_BLOCK = 128, 512
 """Texts tokenized at a time: few at first, so that embedding begins at once; then as many as amortise a call."""
 
 _BIAS_MARGIN = 64
