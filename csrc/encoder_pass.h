@@ -58,12 +58,6 @@ inline Vec gelu(Vec x, BFloat16) {
   return x * fma(p, inside, splat(0.5f));  // NaN and inf come through
 }
 
-inline Ints lane_numbers() {
-  Ints lanes;
-  for (int i = 0; i < kWidth; ++i) lanes[i] = i;
-  return lanes;
-}
-
 // Layer normalisation in place of kRows rows of n values, `stride` from each other; what lies behind them up to a
 // multiple of kPanel is and stays 0. Rows beside each other hide the time that sums across lanes take. With kSpread,
 // row r of `spread`, round_up(n, kPanel) long, gets x̂ · norm.spread, and ranges[r] its range.

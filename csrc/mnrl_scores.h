@@ -19,20 +19,6 @@ inline constexpr float kNegligible = -104.f;  // e to this power is 0
 
 inline Vec masked(Vec x, Ints mask) { return mask ? splat(-kInfinity) : x; }
 
-inline Ints splat_ints(int32_t x) { return Ints{} + x; }
-
-inline Ints lane_numbers() {
-  Ints numbers;
-  for (int i = 0; i < kWidth; ++i) numbers[i] = i;
-  return numbers;
-}
-
-inline Ints load_ints(const int32_t* p) {
-  Ints x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-
 // Where one float of each row of a block belongs: by prefix, padded to whole panels with zeros.
 class RowValues {
  public:

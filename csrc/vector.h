@@ -45,6 +45,13 @@ typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 
 // Written so that GCC makes one broadcast of it, which a loop over lanes does not become.
 inline Vec splat(float x) { return x - Vec{}; }
+inline Ints splat_ints(int32_t x) { return Ints{} + x; }
+
+inline Ints lane_numbers() {
+  Ints lanes;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i;
+  return lanes;
+}
 
 inline Vec as_floats(Ints x) { return reinterpret_cast<Vec>(x); }
 inline Ints as_ints(Vec x) { return reinterpret_cast<Ints>(x); }
@@ -72,6 +79,12 @@ inline Ints bf16_bits(Vec x) {
 
 inline Vec load(const float* p) {
   Vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline Ints load_ints(const int32_t* p) {
+  Ints x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
