@@ -152,14 +152,20 @@ void write_mean(T* out, const float* sums, int64_t count, int64_t d) {
   if (i < d) store(out + i, load(sums + i) / divisor, static_cast<int>(d - i));
 }
 
-// out = Σ over n partial sums of d columns, `stride` floats apart, in order, / max(count, 1)
+// out = (first + Σ over n other partial sums of d columns, `stride` floats apart) / max(count, 1). A few at a time are
+// added up before they join the others, which loses fewer digits of a very long sequence.
 template <class T>
 void write_mean_of_partials(T* out, const float* first, const float* others, int64_t n, int64_t stride, int64_t count,
                             int64_t d) {
+  constexpr int64_t kFew = 32;
   float* total = scratch.reserve(round_up(d, kWidth));
   for (int64_t i = 0; i < d; i += kWidth) {
     Vec x = load(first + i);
-    for (int64_t p = 0; p < n; ++p) x += load(others + p * stride + i);
+    for (int64_t p = 0; p < n;) {
+      Vec few{};
+      for (const int64_t end = std::min(p + kFew, n); p < end; ++p) few += load(others + p * stride + i);
+      x += few;
+    }
     store(total + i, x);
   }
   write_mean(out, total, count, d);
@@ -310,9 +316,9 @@ Tensor new_gradient(const Tensor& grad, std::initializer_list<int64_t> sizes) {
   return Tensor(handle);
 }
 
-// Outputs of so many bytes outlive no cache by the time that somebody reads them, and are written past the caches: up
-// to a third faster, reading them included. Those that are mapped anew are not, since the system has just cleared them
-// and has them in the caches.
+// Outputs of so many bytes have mostly left the caches of a core by the time that somebody reads them, and are written
+// past the caches: up to a third faster, and no slower with the reading. Not so those that are mapped anew, which the
+// system has just cleared and has in the caches.
 constexpr int64_t kStreamed = 8 << 20;
 
 bool is_streamed(const Tensor& gradient) {
@@ -364,7 +370,7 @@ class Share {
 
   template <class WriteLine>
   void write_blocks(char* p, int64_t count, WriteLine write_line) const {
-    const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(p) % kLine, count);
+    const int64_t head = std::min(to_next_line(p), count);
     std::memcpy(p, memory_, head);
     const int64_t step = kBlock % row_bytes_;
     int64_t offset = head % row_bytes_;
@@ -386,7 +392,7 @@ class Share {
 void write_zeros(char* p, int64_t count, bool streamed) {
   if (streamed) {
     alignas(kLine) static constexpr char zeros[kLine] = {};
-    const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(p) % kLine, count);
+    const int64_t head = std::min(to_next_line(p), count);
     std::memset(p, 0, head);
     for (p += head, count -= head; count >= kLine; count -= kLine, p += kLine) stream_line(p, zeros);
   }

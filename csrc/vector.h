@@ -181,6 +181,9 @@ inline float sum(Vec x) {
 
 inline constexpr int64_t kLine = 64;  // bytes
 
+// Bytes from p to the next beginning of a line.
+inline int64_t to_next_line(const void* p) { return -reinterpret_cast<uintptr_t>(p) % kLine; }
+
 inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
@@ -201,7 +204,7 @@ inline void stream_line(char* to, const char* from) {
 }
 
 inline void finish_streams() {
-#if defined(__AVX2__)
+#if defined(TRITON_ST_AVX512) || defined(TRITON_ST_AVX2)
   _mm_sfence();
 #endif
 }

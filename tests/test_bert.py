@@ -12,7 +12,6 @@ from tests.encoder_parity import assert_gradients, transformers_states
 from tests.small_model import bert_config, bert_pair, random_batch
 from triton_st.models import BertModel, load_encoder, pack
 
-
 # --- the whole model --------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 from tests.small_model import bert_config, bert_pair, random_batch
-from triton_st.models import load_encoder, save_encoder
+from triton_st.models import checkpoint, load_encoder, save_encoder
 
 
 def test_saved_checkpoint_is_transformers_own(tmp_path):
@@ -113,8 +114,67 @@ def test_weights_survive_their_file_being_written_again(tmp_path):
     ours, _ = bert_pair()
     save_encoder(ours, tmp_path)
     loaded = load_encoder(tmp_path)
-    before = loaded.embeddings.word_embeddings.weight.clone()
-    with torch.no_grad():
-        ours.embeddings.word_embeddings.weight.zero_()
+    with (tmp_path / "model.safetensors").open("r+b") as file:  # the same file, not another by its name
+        size = os.fstat(file.fileno()).st_size
+        file.seek(size // 10)
+        file.write(b"\x7f" * (size - size // 10))
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("replaced_at", [1, 2, 5])
+def test_weights_are_of_one_file_though_another_takes_its_place(tmp_path, monkeypatch, replaced_at):
+    ours, _ = bert_pair()
+    opened = 0
+
+    def fill_and_save(value: float) -> None:
+        with torch.no_grad():
+            for parameter in ours.parameters():
+                parameter.fill_(value)
+        save_encoder(ours, tmp_path)
+
+    def replace_and_open(*args, **kwargs):
+        nonlocal opened
+        opened += 1
+        if opened == replaced_at:
+            fill_and_save(2)
+        return safe_open(*args, **kwargs)
+
+    fill_and_save(1)
+    safe_open = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", replace_and_open)
+    monkeypatch.setattr(checkpoint, "_READ_AT_ONCE", 1)
+    assert {value for p in load_encoder(tmp_path).parameters() for value in p.unique().tolist()} == {2}
+
+
+def test_weights_that_share_memory_in_a_file_are_loaded_apart(tmp_path):
+    ours, _ = bert_pair()
     save_encoder(ours, tmp_path)
-    assert torch.equal(loaded.embeddings.word_embeddings.weight, before)
+    (tmp_path / "model.safetensors").unlink()
+    state = ours.state_dict()
+    for name in state:
+        if name.startswith("encoder.layer.1."):
+            state[name] = state[name.replace("layer.1.", "layer.0.")]
+    name = "encoder.layer.0.output.LayerNorm.bias"
+    state[name] = torch.zeros(1).expand_as(state[name])
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    parameters = list(load_encoder(tmp_path).parameters())
+    assert len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
+    assert all(p.is_contiguous() for p in parameters)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello world, this is no model", lambda: [torch.zeros(2)], lambda: torch.zeros(2), lambda: {"a": 1}],
+)
+def test_pickled_weights_that_are_none(tmp_path, content):
+    ours, _ = bert_pair()
+    save_encoder(ours, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content(), path)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a (readable )?weights file"):
+        load_encoder(tmp_path)

@@ -138,14 +138,7 @@ def test_half_activations_give_float32_gradients_near_the_exact_ones(family, dty
     weight = torch.randn(len(features["input_ids"]), 50, generator=torch.Generator().manual_seed(1))
     (ours(**features).float() * weight).sum().backward()
     (transformers_states(theirs, features) * weight).sum().backward()
-    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    largest = max(grad.norm() for grad in wanted.values())
-    bound = 64 * torch.finfo(dtype).eps
-    for name, parameter in ours.named_parameters():
-        if parameter.grad is not None:
-            assert parameter.grad.dtype == torch.float32
-            error = (parameter.grad - wanted[name]).norm()
-            assert error <= bound * max(wanted[name].norm(), 1e-2 * largest), f"{name}: {error:.3e}"
+    assert_gradients(ours, theirs, bound=8 * torch.finfo(dtype).eps, floor=1e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -167,6 +167,14 @@ def test_gradients_of_large_losses(name: str, dtype: torch.dtype, device: torch.
         assert_matches_reference(ops.packed_mean_pool, reference.packed_mean_pool, inputs, grad_scale=2.0**14)
 
 
+def test_a_very_long_sequence_keeps_its_digits() -> None:
+    hidden, cu_seqlens = packed([327_680], 3, torch.float32, torch.device("cpu"))
+    mask = torch.ones(1, len(hidden), dtype=torch.bool)
+    with serving("cpp", "packed_mean_pool"):
+        assert_matches_reference(ops.packed_mean_pool, reference.packed_mean_pool, (hidden, cu_seqlens))
+        assert_matches_reference(ops.masked_mean_pool, reference.masked_mean_pool, (hidden.unsqueeze(0), mask))
+
+
 @every_dtype
 def test_results_do_not_depend_on_threads_or_runs(dtype: torch.dtype) -> None:
     lengths = [700, 3, 0, 9000, 1, 128, 129] + [5] * 400

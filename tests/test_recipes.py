@@ -156,6 +156,12 @@ def test_a_width_with_no_room_for_words_is_refused() -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_a_length_with_no_room_for_words_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match=f"max_seq_length: expected more than the 2 special tokens .*, got {length}"):
+        recipes.new_model(TEXTS, max_seq_length=length)
+
+
 def test_an_uncased_tokenizer_is_saved_as_one(tmp_path: Path) -> None:
     tokenizer = train_wordpiece_tokenizer(TEXTS, vocab_size=200, lowercase=True)
     tokenizer.save_pretrained(tmp_path)

@@ -319,7 +319,7 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
 
     def damaged(name: str, content: bytes | None) -> str:
         folder = tmp_path / name / "checkpoint-2"
-        shutil.copytree(tmp_path / "run" / "checkpoint-2", folder)
+        shutil.copytree(tmp_path / "run" / "checkpoint-2", folder, dirs_exist_ok=True)
         (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
         return str(folder)
 
@@ -331,6 +331,8 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
         run(tmp_path / "run", damaged("model.safetensors", b"\x10" + b"\0" * 20))
     with pytest.raises(CheckpointError, match=r"checkpoint-2: does not fit this run"):
         run(tmp_path / "run", damaged("trainer_state.json", b"[]"))
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: damaged"):
+        run(tmp_path / "run", damaged("trainer_state.json", b'{"epoch": '))
     folder = tmp_path / "run" / "checkpoint-2"
     tensors = load_file(folder / "optimizer.safetensors")
     tensors["optimizer.unknown:exp_avg"] = torch.zeros(1)

@@ -158,6 +158,9 @@ def new_model(
         texts, size, length, lowercase=recipe.lowercase, split_endings=recipe.split_endings
     )
     settings = {**recipe.encoder, "max_position_embeddings": length, **encoder}
+    special = tokenizer.num_special_tokens_to_add()
+    if length <= special:
+        raise ValueError(f"max_seq_length: expected more than the {special} special tokens of a text, got {length}")
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -26,6 +27,7 @@ SERVED_TYPES = tuple(_FAMILIES)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PREFIXES = ("bert.", "distilbert.", "mpnet.", "roberta.", "model.", "module.")
 _PARTS = ("embeddings.", "encoder.", "transformer.", "pooler.")
+_READ_AT_ONCE = 16 << 20  # bytes of a mapped file that may be resident beside the tensors made of them
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -97,8 +99,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             return _read_file(whole)
         if index.is_file():
             shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict):
-                raise ValueError(f"{index}: expected an object named weight_map, got {shards!r}")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise ValueError(f"{index}: expected an object of file names named weight_map, got {shards!r}")
             state: dict[str, Tensor] = {}
             for shard in sorted(set(shards.values())):
                 state |= _read_file(folder / Path(shard).name)
@@ -107,33 +109,63 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, each contiguous in memory of its own.
+
+    A model must survive its folder being written again, and parameters that share memory would be trained twice.
+    """
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"missing weights file: {path}") from None
-    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable weights file ({error})") from error
+    except OSError:
+        raise
+    except Exception as error:  # pickle raises whatever a wrong file makes it come upon
+        raise ValueError(f"{path}: not a readable weights file ({type(error).__name__}: {error})") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path}: not a weights file: expected tensors by name")
+    return {str(name): tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, in memory of their own: a model must survive its folder being written again.
+    """safetensors maps a file, and what was read of it stays resident: it is opened anew for every few tensors.
 
-    safetensors maps the file, and what was read of it stays resident while it is open. Opened anew for each tensor, a
-    file costs no more memory than its largest one beside the result.
+    They are all of one file: if another has taken its place meanwhile, they are read again.
     """
+    while True:
+        with path.open("rb") as held:  # while it is open no other file gets its number
+            try:
+                state = _read_in_parts(path)
+            except safetensors.SafetensorError:
+                if _is_at(held, path):
+                    raise
+                continue
+            if _is_at(held, path):
+                return state
+
+
+def _read_in_parts(path: Path) -> dict[str, Tensor]:
     with safetensors.safe_open(path, "pt") as file:
         names = list(file.keys())
-    state = {}
-    for name in names:
+    state: dict[str, Tensor] = {}
+    while len(state) < len(names):
+        read = 0
         with safetensors.safe_open(path, "pt") as file:
-            state[name] = file.get_tensor(name).clone()
+            for name in names[len(state) :]:
+                state[name] = file.get_tensor(name).clone()
+                read += state[name].nbytes
+                if read >= _READ_AT_ONCE:
+                    break
     return state
 
 
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
 def _canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state`, which it empties, by the names of a bare model, float32; heads of task models and buffers are left out."""
+    """`state`, which it empties, by the names of a bare model, in float32, without heads of task models and buffers."""
     prefix = next((p for p in _PREFIXES if any(name.startswith(f"{p}embeddings.") for name in state)), "")
     tensors = {}
     for name in list(state):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -156,6 +157,8 @@ class RunState:
             checkpointing.load_random_tensors(tensors, self.args.device)
         except CheckpointError:
             raise
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"checkpoint {folder}: damaged ({error})") from error
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint {folder}: does not fit this run ({error!r})") from error
         self._set_totals()
