@@ -8,7 +8,7 @@ What is missing of the peers is left out and said so. Each peer runs in its best
 streams are tried once and kept in ENVIRONMENTS/settings.json. Parity comes first: the first round's embeddings are
 compared with sentence-transformers' before any of its times counts. Contenders take turns. sentence-transformers runs
 twice, as it comes and with MKL told that it is on an Intel processor (a preloaded `mkl_serv_intel_cpu_true`). Writes
-bench/results/encode.json, the page made of it, encode.md, and the picture encode.svg.
+bench/results/encode.json, or encode_amx.json on a processor with AMX, and the page and the picture made of it.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ def million(data: Path, dtype: str, texts: int) -> dict[str, Any]:
         if not points or done - points[-1]["texts"] >= texts // 12 or done == texts:
             points.append({"texts": done, "seconds": time.perf_counter() - began, **memory()})
             say(f"{done:,} texts, {done / points[-1]['seconds']:.0f}/s, {points[-1]['rss'] / 2**20:.0f} MiB")
-    return {"dtype": dtype, "texts": done, "sentences": len(short), "points": points}
+    return {"processor": processor(), "dtype": dtype, "texts": done, "sentences": len(short), "points": points}
 
 
 def main() -> None:
@@ -373,17 +373,21 @@ def main() -> None:
         encode_page.MILLION.write_text(json.dumps(stream, indent=1) + "\n")
         encode_page.write()
         return
-    if "main" not in args.parts and not (encode_page.RESULT.is_file() and args.texts == TEXTS):
-        parser.error(f"--parts {' '.join(args.parts)} adds to what --parts main of all {TEXTS} texts has written")
+    kept = encode_page.result_file(processor())
+    measured_here = kept.is_file() and json.loads(kept.read_text())["processor"] == processor()
+    if "main" not in args.parts and not (measured_here and args.texts == TEXTS):
+        parser.error(f"--parts {' '.join(args.parts)} adds to what --parts main of all {TEXTS} texts has written here")
     texts = varied_texts(args.data)[: args.texts]
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        result_file = encode_page.RESULT if args.texts == TEXTS else scratch / "result.json"
+        result_file = kept if args.texts == TEXTS else scratch / "result.json"
         peers = args.peers or scratch
         Contender(OURS[0], Path(sys.executable), peers).close()  # kernels built, libraries read from the disk
         result: dict[str, Any] = {}
         for part in [part for part in PARTS if part in args.parts]:
             result = json.loads(result_file.read_text()) if result_file.is_file() else {}
+            if result.get("processor") != processor():
+                result = {}  # nothing of another processor's stays beside what is measured on this one
             began = time.perf_counter()
             if part == "cold":
                 result["cold_start"] = cold_start(peers, scratch)

@@ -1,4 +1,4 @@
-"""The page, the picture and README's part about `encode`, from bench/results/encode.json."""
+"""The pages, the pictures and README's part about `encode`, from bench/results/encode.json and encode_amx.json."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from bench.report import table
 from bench.resources import place
 
 RESULTS = Path(__file__).parent / "results"
-RESULT, MILLION = RESULTS / "encode.json", RESULTS / "encode_million.json"
+RESULT, RESULT_WITH_AMX, MILLION = (RESULTS / f"{name}.json" for name in ("encode", "encode_amx", "encode_million"))
 PRECISIONS = ("float32", "bfloat16", "int8")
 AIMS = {"float32": 4.0, "bfloat16": 7.5, "int8": 12.0}
 """Times sentence-transformers as it comes."""
 AIM_OVER_PEERS = 1.5
 
 Result = dict[str, Any]
+
+
+def result_file(processor: str) -> Path:
+    """Where results are kept. Processors with AMX have a file of their own: what is fast on them is not elsewhere."""
+    return RESULT_WITH_AMX if processor.endswith("with AMX") else RESULT
 
 
 def ours(precision: str) -> str:
@@ -216,7 +221,8 @@ def page(result: Result) -> str:
     verdicts = table(["aim", "measured", "met"], [[a, m, "yes" if met else "**no**"] for a, m, met in aims(result)])
     cases = lost(result)
     parts = [
-        "# Encoding on the CPU", _what(result), _intel(result), "![throughput and length sweep](encode.svg)",
+        "# Encoding on the CPU", _what(result), _intel(result),
+        f"![throughput and length sweep]({result_file(result['processor']).stem}.svg)",
         main_table(result),
         f"Settings found: {settings}. int8: onnxruntime quantizes dynamically, per channel; OpenVINO's models come "
         "from NNCF, weights and activations quantized and calibrated on real texts, or (dynamic) weights alone; "
@@ -232,28 +238,42 @@ def page(result: Result) -> str:
           if "length_sweep" in result else []),
         "## Lost", "\n".join(f"- {case}" for case in cases) if cases else "No case of the above.",
     ]  # fmt: skip
-    if MILLION.is_file():
-        parts.append(_million(json.loads(MILLION.read_text())))
+    stream = json.loads(MILLION.read_text()) if MILLION.is_file() else {}
+    if stream.get("processor") == result["processor"]:
+        parts.append(_million(stream))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _verdict(result: Result) -> str:
+    """Ours against the best peers, what was aimed at and missed, and what was lost."""
+    ratios = ", ".join(f"{each['throughput']:.1f} × at {name}" for name, each in against_peers(result).items())
+    missed = [f"{aim} ({measured})" for aim, measured, met in aims(result) if not met]
+    cases = lost(result)
+    return (
+        f"Against the best peer at the same precision: {ratios}."
+        + (f" Aims missed: {'; '.join(missed)}." if missed else "")
+        + (f" Lost: {'; '.join(cases)}." if cases else "")
+    )
 
 
 def readme() -> str:
     """README's part."""
     result = json.loads(RESULT.read_text())
-    each = against_peers(result)
-    ratios = ", ".join(f"{values['throughput']:.1f} × at {precision}" for precision, values in each.items())
-    missed = [f"{aim} ({measured})" for aim, measured, met in aims(result) if not met]
-    cases = lost(result)
-    return "\n\n".join([
+    parts = [
         _what(result),
         "![texts per second by precision, tokens per second by length](bench/results/encode.svg)",
         main_table(result),
-        f"Against the best peer at the same precision: {ratios}. {_intel(result)}",
-        ("Aims missed: " + "; ".join(missed) + ". " if missed else "")
-        + ("Lost: " + "; ".join(cases) + ". " if cases else "")
-        + "Sweeps over length and batch, settings, and what was aimed at: "
+        f"{_intel(result)} {_verdict(result)} Sweeps over length and batch, settings, and what was aimed at: "
         "[bench/results/encode.md](bench/results/encode.md). `python -m bench.encode --data DATA --peers FOLDER`",
-    ])  # fmt: skip
+    ]
+    if RESULT_WITH_AMX.is_file():
+        result = json.loads(RESULT_WITH_AMX.read_text())
+        rates = ", ".join(f"{result['texts'] / result['seconds'][ours(name)]:,.0f} at {name}" for name in PRECISIONS)
+        parts.append(
+            f"On {place(result)}, texts per second: {rates}. {_verdict(result)} "
+            "All of it: [bench/results/encode_amx.md](bench/results/encode_amx.md)"
+        )
+    return "\n\n".join(parts)
 
 
 def plot(result: Result, path: Path) -> None:
@@ -310,7 +330,9 @@ def plot(result: Result, path: Path) -> None:
 
 
 def write() -> None:
-    """Write the page and the picture anew."""
-    result = json.loads(RESULT.read_text())
-    RESULT.with_suffix(".md").write_text(page(result))
-    plot(result, RESULT.with_suffix(".svg"))
+    """Write the pages and the pictures anew."""
+    for path in (RESULT, RESULT_WITH_AMX):
+        if path.is_file():
+            result = json.loads(path.read_text())
+            path.with_suffix(".md").write_text(page(result))
+            plot(result, path.with_suffix(".svg"))
