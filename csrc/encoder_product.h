@@ -252,7 +252,6 @@ using Tiles = NoTiles;
 
 #if defined(TRITON_ST_AMX)
 
-inline constexpr int64_t kLineBytes = 64;
 inline thread_local Buffer split_weights;
 
 // A panel of `inputs` · kPanel weights as the three parts of a right operand.
@@ -297,7 +296,7 @@ void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& den
   // While a panel is multiplied the next one comes from memory, some of it between every two chunks.
   const int64_t panel_bytes = dense.panel_steps * kPanel * static_cast<int64_t>(sizeof(typename P::Weight));
   const int64_t used_bytes = panel_bytes / dense.panel_steps * (P::kParts > 1 ? dense.inputs : chunks * kAmxLanes);
-  const int64_t fetched = round_up(ceil_div(used_bytes, ceil_div(rows, kAmxBlock) * chunks), kLineBytes);
+  const int64_t fetched = round_up(ceil_div(used_bytes, ceil_div(rows, kAmxBlock) * chunks), kLine);
   const int64_t between = ceil_div(kAmxBlock, chunks);
   int next = 0;
   for (int64_t p = panel; p < panel + panels; ++p) {
@@ -311,7 +310,7 @@ void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& den
     }
     auto meanwhile = [&](int64_t chunk) {
       if (fetch) {
-        for (int64_t line = 0; line < fetched; line += kLineBytes) __builtin_prefetch(fetch + line, 0, 2);
+        for (int64_t line = 0; line < fetched; line += kLine) __builtin_prefetch(fetch + line, 0, 2);
         fetch += fetched;
       }
       if (before) finish_rows(chunk * between, (chunk + 1) * between);
