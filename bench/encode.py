@@ -373,8 +373,9 @@ def main() -> None:
         encode_page.MILLION.write_text(json.dumps(stream, indent=1) + "\n")
         encode_page.write()
         return
-    kept = encode_page.result_file(processor())
-    measured_here = kept.is_file() and json.loads(kept.read_text())["processor"] == processor()
+    here = processor()
+    kept = encode_page.result_file(here)
+    measured_here = kept.is_file() and json.loads(kept.read_text())["processor"] == here
     if "main" not in args.parts and not (measured_here and args.texts == TEXTS):
         parser.error(f"--parts {' '.join(args.parts)} adds to what --parts main of all {TEXTS} texts has written here")
     texts = varied_texts(args.data)[: args.texts]
@@ -386,7 +387,7 @@ def main() -> None:
         result: dict[str, Any] = {}
         for part in [part for part in PARTS if part in args.parts]:
             result = json.loads(result_file.read_text()) if result_file.is_file() else {}
-            if result.get("processor") != processor():
+            if result.get("processor") != here:
                 result = {}  # nothing of another processor's stays beside what is measured on this one
             began = time.perf_counter()
             if part == "cold":

@@ -22,12 +22,6 @@ namespace {
 inline constexpr int64_t kChunkBytes = 192 << 10;
 inline constexpr int64_t kMostChunkRows = 16 * kTileRows;
 
-template <class T>
-void prefetch_row(const T* row, int64_t n) {
-  const char* begin = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(begin + i, 0, 2);
-}
-
 // Offers every stream its score with `row`: products[j] · factors[j] · row_factor.
 void offer(Candidates& best, const float* products, const float* factors, float row_factor, int64_t streams,
            uint32_t row) {
@@ -67,7 +61,7 @@ void search_many(Matrix<const T> queries, RowScales::Part scales, Matrix<const T
     }
     score_rows<T>({corpus.row(i), count, corpus.cols, corpus.stride}, powers, unscaled, 0, count, packed, queries.rows,
                   [&](int64_t r, const float* products) {
-                    if (i + r + chunk < last) prefetch_row(corpus.row(i + r + chunk), corpus.cols);
+                    if (i + r + chunk < last) prefetch<2>(corpus.row(i + r + chunk), corpus.cols * sizeof(T));
                     offer(best, products, scales.inverse(), inverses[r], queries.rows, static_cast<uint32_t>(i + r));
                   });
   }

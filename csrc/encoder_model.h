@@ -70,7 +70,7 @@ class Pieces {
   template <class T>
   T* take(int64_t count) {
     const int64_t at = at_;
-    at_ = round_up(at_ + count * static_cast<int64_t>(sizeof(T)), 64);
+    at_ = round_up(at_ + count * static_cast<int64_t>(sizeof(T)), kLine);
     return reinterpret_cast<T*>(begin_ + at);
   }
   int64_t bytes() const { return at_; }

@@ -310,7 +310,7 @@ void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& den
     }
     auto meanwhile = [&](int64_t chunk) {
       if (fetch) {
-        for (int64_t line = 0; line < fetched; line += kLine) __builtin_prefetch(fetch + line, 0, 2);
+        prefetch<2>(fetch, fetched);
         fetch += fetched;
       }
       if (before) finish_rows(chunk * between, (chunk + 1) * between);

@@ -20,7 +20,7 @@ struct TokenRows {
         bytes(x.stride(0) * static_cast<int64_t>(x.element_size())) {}
 
   void prefetch(int64_t begin, int64_t end) const {
-    for (int64_t at = begin * bytes; at < end * bytes; at += 64) __builtin_prefetch(data + at);
+    triton_st::prefetch(data + begin * bytes, (end - begin) * bytes);
   }
 
   const char* data;

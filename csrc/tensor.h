@@ -127,7 +127,7 @@ class Buffer {
     if (floats > capacity_) {
       std::free(data_);
       capacity_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(64, round_up(floats * sizeof(float), 64)));
+      data_ = static_cast<float*>(std::aligned_alloc(kLine, round_up(floats * sizeof(float), kLine)));
       if (!data_) throw std::bad_alloc();
       prefer_huge_pages(data_, floats * static_cast<int64_t>(sizeof(float)));
       capacity_ = floats;

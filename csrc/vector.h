@@ -184,8 +184,10 @@ inline constexpr int64_t kLine = 64;  // bytes
 // Bytes from p to the next beginning of a line.
 inline int64_t to_next_line(const void* p) { return -reinterpret_cast<uintptr_t>(p) % kLine; }
 
+// Asks for `bytes` bytes, a line at a time; with kLocality 2 they come no nearer than the second-level cache.
+template <int kLocality = 3>
 inline void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i);
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i, 0, kLocality);
 }
 
 // Copies a line to `to`, the beginning of one, past the caches where the processor can: the line is not read first, and
