@@ -11,11 +11,14 @@
 #include "vector.h"
 
 #if defined(TRITON_ST_BF16_DOT) && defined(__AVX512VNNI__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && \
-    defined(__AMX_INT8__) && !defined(TRITON_ST_NO_AMX)
+    defined(__AMX_INT8__) && defined(__AVX512VBMI__) && !defined(TRITON_ST_NO_AMX)
 #define TRITON_ST_AMX 1
 #endif
 
 namespace triton_st {
+
+inline constexpr int kSlices = 3;     // bytes of a fixed-point number that stands for fp32
+inline constexpr int kOrderSums = 5;  // sums of their products
 
 #if defined(TRITON_ST_AMX)
 
@@ -49,6 +52,11 @@ template <int kTile>
 inline void load_tile(const float* lanes, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(lanes), "r"(4 * stride), "i"(kTile) : "memory");
 }
+// For an operand that is used once: it stays out of the first-level cache, which the other operand fills.
+template <int kTile>
+inline void load_tile_once(const float* lanes, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(lanes), "r"(4 * stride), "i"(kTile) : "memory");
+}
 template <int kTile>
 inline void store_tile(void* sums, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(sums), "r"(4 * stride), "i"(kTile) : "memory");
@@ -68,10 +76,15 @@ inline void multiply_tile() {
 }
 
 // A block of sums lies in tiles 0 to 3, by rows; its left operand in 4 and 5, its right in 6 and 7.
-template <bool kTall>
+template <bool kTall, bool kOnce>
 inline void load_left(const float* lanes, int64_t stride) {
-  load_tile<4>(lanes, stride);
-  if constexpr (kTall) load_tile<5>(lanes + kAmxRows * stride, stride);
+  if constexpr (kOnce) {
+    load_tile_once<4>(lanes, stride);
+    if constexpr (kTall) load_tile_once<5>(lanes + kAmxRows * stride, stride);
+  } else {
+    load_tile<4>(lanes, stride);
+    if constexpr (kTall) load_tile<5>(lanes + kAmxRows * stride, stride);
+  }
 }
 inline void load_right(const float* lanes) {
   load_tile<6>(lanes, kAmxBlock);
@@ -88,11 +101,11 @@ inline void multiply_block() {
 }
 
 // sums[rows][kAmxBlock] = a · b for the 16, or, kTall, 32 rows at a; `chunks` · 16 steps of b, [steps][kAmxBlock] lanes.
-// Between chunks the vectors are free: between(chunk) is called for each.
+// Between chunks the vectors are free: between(chunk) is called for each. kOnce: the rows are not used again soon.
 //
 // With kParts = 3 both operands are sums of three bf16, the larger first, and what reaches fp32's last place of their
 // product is summed. A row's parts are part_stride lanes from each other; those of a chunk of b follow one another.
-template <class Sum, int kParts, bool kTall, class Between>
+template <class Sum, int kParts, bool kTall, bool kOnce = false, class Between>
 void multiply_tiles(const float* a, int64_t stride, int64_t part_stride, const float* b, int64_t chunks, Sum* sums,
                     Between&& between) {
   constexpr int64_t kRightLanes = kAmxLanes * kAmxBlock;
@@ -105,20 +118,20 @@ void multiply_tiles(const float* a, int64_t stride, int64_t part_stride, const f
   for (int64_t chunk = 0; chunk < chunks; ++chunk, a += kAmxLanes, b += kParts * kRightLanes) {
     if constexpr (kParts == 1) {
       load_right(b);
-      load_left<kTall>(a, stride);
+      load_left<kTall, kOnce>(a, stride);
       multiply_block<Sum, kTall>();
     } else {
       // The order loads each operand as seldom as eight tiles allow.
-      load_left<kTall>(a, stride);
+      load_left<kTall, kOnce>(a, stride);
       load_right(b + 2 * kRightLanes);
       multiply_block<Sum, kTall>();
       load_right(b + kRightLanes);
       multiply_block<Sum, kTall>();
       load_right(b);
       multiply_block<Sum, kTall>();
-      load_left<kTall>(a + 2 * part_stride, stride);
+      load_left<kTall, kOnce>(a + 2 * part_stride, stride);
       multiply_block<Sum, kTall>();
-      load_left<kTall>(a + part_stride, stride);
+      load_left<kTall, kOnce>(a + part_stride, stride);
       multiply_block<Sum, kTall>();
       load_right(b + kRightLanes);
       multiply_block<Sum, kTall>();
@@ -131,6 +144,46 @@ void multiply_tiles(const float* a, int64_t stride, int64_t part_stride, const f
     store_tile<2>(sums + 2 * kAmxRows, kAmxBlock);
     store_tile<3>(sums + 2 * kAmxRows + 1, kAmxBlock);
   }
+}
+
+// --- fixed-point numbers ---
+
+// Numbers in kSlices signed bytes, the highest first: Σ byte_i · 256^−i. Bytes are multiplied and summed exactly, and of
+// their products those of orders i + j < 4 are as much as fp32 holds: Ozaki's scheme.
+
+template <int kTile, int kLeft, int kRight>
+inline void multiply_slice() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTile), "i"(kLeft), "i"(kRight));
+}
+
+// sums[kOrderSums][kAmxRows] = a · b for the 16 rows at a and 16 columns, of the products of orders 0, 1, 2, 2 again and 3;
+// `chunks` · 64 steps of b, whose numbers have kRightSlices bytes, [chunks][kRightSlices][16][16] lanes. A row's slices
+// are slice_stride lanes from each other. Between chunks the vectors are free: between(chunk) is called for each.
+template <int kRightSlices, class Between>
+void multiply_slices(const float* a, int64_t stride, int64_t slice_stride, const float* b, int64_t chunks, Ints* sums,
+                     Between&& between) {
+  static_assert(kSlices == 3 && kOrderSums == 5 && (kRightSlices == 2 || kRightSlices == 3));
+  constexpr int64_t kSliceLanes = kAmxLanes * kAmxLanes;
+  clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>(), clear_tile<4>();
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, a += kAmxLanes, b += kRightSlices * kSliceLanes) {
+    // No sum is added to before its last addition is done, for which order 2 has two; that leaves one tile for the left
+    // operand and two for the right.
+    load_tile_once<5>(a, stride);
+    load_tile<6>(b, kAmxLanes), multiply_slice<0, 5, 6>();
+    load_tile<7>(b + kSliceLanes, kAmxLanes), multiply_slice<1, 5, 7>();
+    if constexpr (kRightSlices == 3) load_tile<6>(b + 2 * kSliceLanes, kAmxLanes), multiply_slice<2, 5, 6>();
+    load_tile_once<5>(a + slice_stride, stride);
+    if constexpr (kRightSlices == 3) multiply_slice<4, 5, 6>();
+    multiply_slice<3, 5, 7>();
+    if constexpr (kRightSlices == 3) load_tile<6>(b, kAmxLanes);
+    multiply_slice<1, 5, 6>();
+    load_tile_once<5>(a + 2 * slice_stride, stride);
+    multiply_slice<2, 5, 6>(), multiply_slice<4, 5, 7>();
+    between(chunk);
+  }
+  store_tile<0>(sums, kAmxLanes), store_tile<1>(sums + kAmxRows, kAmxLanes);
+  store_tile<2>(sums + 2 * kAmxRows, kAmxLanes), store_tile<3>(sums + 3 * kAmxRows, kAmxLanes);
+  store_tile<4>(sums + 4 * kAmxRows, kAmxLanes);
 }
 
 // Rounding must not make an infinity of a finite number. NaN stays.

@@ -5,6 +5,9 @@
 // reading the weights is then what takes time, and each thread reads its share. So are a few long ones that would leave
 // half of the threads idle. Both ways give the same bits.
 #include <unistd.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include <thread>
 
@@ -21,7 +24,7 @@ constexpr int64_t kRunTokens = 384;
 constexpr int64_t kLeastRunTokens = 64;
 constexpr int64_t kSharedTokensPerThread = 64;
 constexpr int64_t kSharedTokens = 2048;  // of long sequences: what all their activations take in memory stays allocated
-constexpr int64_t kUnitRows = 16, kUnitPanels = 2;  // what a thread takes of a shared stage
+constexpr int64_t kUnitRows = 16, kUnitColumns = 2 * kPanel;  // what a thread takes of a shared stage
 
 template <class P>
 void finish_sequence(const Pass<P>& pass, const Batch& batch, const Output& output, int64_t hidden, int64_t s) {
@@ -44,12 +47,14 @@ int64_t cache_bytes() {
 }
 
 // Rows of a block, for which half of the second-level cache is kept: for the widest activations, or, with tiles, which
-// wait for memory sooner, for all of the feed-forward layers' (sums, operand, hidden activations and their operand).
+// wait for memory sooner, for all of the feed-forward layers': sums, their operand, hidden activations and, where rows are
+// scaled, their operand.
 template <class P>
 int64_t most_block_rows(const Sizes& sizes) {
+  constexpr int64_t kActivation = sizeof(typename P::Activation), kOperand = P::kSliced ? kSlices : 4 / P::kStep;
   const int64_t columns = std::min(sizes.padded_intermediate(), kFeedColumns<P>), hidden = sizes.padded_hidden();
-  int64_t row_bytes = columns * static_cast<int64_t>(sizeof(typename P::Activation));
-  if (P::kTiled) row_bytes = 4 * hidden + (P::kQuantised ? 3 * columns + hidden : 2 * P::kParts * (columns + hidden));
+  int64_t row_bytes = columns * kActivation;
+  if (P::kTiled) row_bytes += (4 + kOperand) * hidden + (P::kScaled ? columns * kOperand : 0);
   return std::max<int64_t>(cache_bytes() / 2 / row_bytes / kGroupRows<P>, 1) * kGroupRows<P>;
 }
 
@@ -67,19 +72,19 @@ void run_alone(const Model& model, const Batch& batch, const Output& output, int
   [[maybe_unused]] const Tiles<P> tiles;
   for (int64_t s = first; s < last; ++s) pass.embed(s);
   for (const Layer& layer : model.layers) {
-    for_blocks([&](int64_t row, int64_t n) { pass.project_qkv(layer, row, n, 0, layer.qkv.outputs / kPanel); });
+    for_blocks([&](int64_t row, int64_t n) { pass.project_qkv(layer, row, n, 0, layer.qkv.outputs / kPanelColumns<P>); });
     for (int64_t s = first; s < last; ++s) {
       for (int64_t head = 0; head < sizes.heads; ++head) pass.attend_head(s, head);
     }
     for_blocks([&](int64_t row, int64_t n) {
       pass.finish_context(row, n);
-      pass.project_out(layer, row, n, 0, layer.out.outputs / kPanel);
+      pass.project_out(layer, row, n, 0, layer.out.outputs / kPanelColumns<P>);
       pass.normalise(row, n, layer.attention_norm);
       for (int64_t column = 0; column < intermediate; column += feed_columns) {
         const int64_t columns = std::min(feed_columns, intermediate - column);
-        pass.feed_up(layer, {row, column}, row, n, column / kPanel, columns / kPanel);
-        pass.finish_hidden(0, n);
-        pass.feed_down(layer, {row, column}, row, n, 0, layer.down.outputs / kPanel, column, columns);
+        pass.feed_up(layer, {row, column}, row, n, column / kPanelColumns<P>, columns / kPanelColumns<P>);
+        pass.finish_hidden(0, n, columns);
+        pass.feed_down(layer, {row, column}, row, n, 0, layer.down.outputs / kPanelColumns<P>, column, columns);
       }
       pass.normalise(row, n, layer.output_norm);
     });
@@ -141,15 +146,15 @@ void run_together(const Model& model, const Batch& batch, const Output& output, 
   const Sizes& sizes = model.sizes;
   const int64_t rows = batch.cu_seqlens[batch.sequences];
   Pass<P> pass(model, batch, workspace, 0, batch.sequences, rows, sizes.padded_intermediate());
-  auto panel_units = [](const Dense& dense) { return ceil_div(dense.outputs / kPanel, kUnitPanels); };
+  auto panel_units = [](const Dense& dense) { return ceil_div(dense.outputs, kUnitColumns); };
   const int64_t row_units = ceil_div(rows, kUnitRows);
-  constexpr int64_t kPerLayer = 9;
+  constexpr int64_t kPerLayer = 9, kUnitPanels = kUnitColumns / kPanelColumns<P>;
   Stages stages;
   stages.add(batch.sequences);
   for (const Layer& layer : model.layers) {
     for (const int64_t units :
          {panel_units(layer.qkv), batch.sequences * sizes.heads, row_units, panel_units(layer.out), row_units,
-          panel_units(layer.up), P::kQuantised ? row_units : 0, panel_units(layer.down), row_units}) {
+          panel_units(layer.up), P::kScaled ? row_units : 0, panel_units(layer.down), row_units}) {
       stages.add(units);
     }
   }
@@ -159,7 +164,7 @@ void run_together(const Model& model, const Batch& batch, const Output& output, 
     if (stage == 1 + kPerLayer * sizes.layers) return finish_sequence(pass, batch, output, sizes.hidden, unit);
     const Layer& layer = model.layers[(stage - 1) / kPerLayer];
     const int64_t row = unit * kUnitRows, n = std::min(kUnitRows, rows - row), panel = unit * kUnitPanels;
-    auto panels = [&](const Dense& dense) { return std::min(kUnitPanels, dense.outputs / kPanel - panel); };
+    auto panels = [&](const Dense& dense) { return std::min(kUnitPanels, dense.outputs / kPanelColumns<P> - panel); };
     switch ((stage - 1) % kPerLayer) {
       case 0:
         return pass.project_qkv(layer, 0, rows, panel, panels(layer.qkv));
@@ -174,7 +179,7 @@ void run_together(const Model& model, const Batch& batch, const Output& output, 
       case 5:
         return pass.feed_up(layer, {0, 0}, 0, rows, panel, panels(layer.up));
       case 6:
-        return pass.finish_hidden(row, n);
+        return pass.finish_hidden(row, n, sizes.padded_intermediate());
       case 7:
         return pass.feed_down(layer, {0, 0}, 0, rows, panel, panels(layer.down), 0, sizes.padded_intermediate());
       default:
@@ -192,8 +197,16 @@ void run_together(const Model& model, const Batch& batch, const Output& output, 
 Tensor encoder_pack(int64_t precision, int64_t layers, int64_t hidden, int64_t heads, int64_t intermediate, double eps,
                     const std::vector<Tensor>& weights) {
   STD_TORCH_CHECK(heads > 0 && hidden % heads == 0, "encoder_pack: hidden should be a multiple of heads");
+#if defined(__GLIBC__)
+  malloc_trim(0);  // what scaling the weights took lies in the heap in holes, as much as packed weights take
+#endif
   const Sizes sizes{kPackedMagic, 0, precision, kPackedForm, layers, hidden, heads, intermediate, eps};
   return with_precision(static_cast<Precision>(precision), [&](auto p) { return pack<decltype(p)>(sizes, weights); });
+}
+
+// Whether rows of activations have scales, so that weights are scaled to match (LayerNorms come with `spread`).
+bool encoder_scales_rows(int64_t precision) {
+  return with_precision(static_cast<Precision>(precision), [](auto p) { return decltype(p)::kScaled; });
 }
 
 // x [n, K] · weight [N, K]ᵀ + bias, every row's bits its own: a library's product depends on how many rows there are.
@@ -291,11 +304,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(triton_st_cpp, m) {
   m.def(
       "encoder_pack(int precision, int layers, int hidden, int heads, int intermediate, float eps, Tensor[] weights) "
       "-> Tensor");
+  m.def("encoder_scales_rows(int precision) -> bool");
   m.def("encoder_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "encoder_forward(Tensor packed, Tensor word, Tensor position, Tensor? token_type, Tensor? position_bias, "
       "int position_offset, Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, int pooling, "
       "int prompt_length, bool normalise, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(triton_st_cpp, CompositeExplicitAutograd, m) {
+  m.impl("encoder_scales_rows", TORCH_BOX(&encoder_scales_rows));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(triton_st_cpp, CPU, m) {

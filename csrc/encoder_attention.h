@@ -1,8 +1,9 @@
-// Attention of one head over one sequence, for inference: scores lie keys by queries, so that the softmax runs down the
-// keys and no sum crosses a vector's lanes.
+// Attention of one head over one sequence, for inference. Vectors hold scores keys by queries, so that the softmax runs
+// down the keys and no sum crosses a vector's lanes; tiles multiply soonest what lies queries by keys.
 #pragma once
 
 #include "encoder_product.h"
+#include "encoder_rows.h"
 
 namespace triton_st {
 
@@ -21,7 +22,7 @@ inline Vec exp2_short(Vec x) {
 #endif
 
 struct AttentionScratch {
-  Buffer queries, scores, values;
+  Buffer packed, scores, weights, values;
 };
 inline thread_local AttentionScratch attention_scratch;
 
@@ -33,22 +34,22 @@ struct Head {
   int64_t stride, size, length;
 };
 
-// Transposed queries of one panel, from `first` on: lane (step, query); queries past the last are zeros.
+// kPanel rows of `size` elements from `first` on, across: lane (step, row); rows past the `length`-th are zeros.
 template <class T>
-void pack_queries(const Head<T>& head, int64_t first, float* out) {
+void pack_across(const T* rows, int64_t stride, int64_t size, int64_t length, int64_t first, float* out) {
   constexpr int64_t kStep = 4 / sizeof(T);
-  const int64_t steps = head.size / kStep;
-  for (int64_t q = 0; q < kPanel; q += kWidth) {
+  const int64_t steps = size / kStep;
+  for (int64_t r = 0; r < kPanel; r += kWidth) {
     for (int64_t step = 0; step < steps; step += kWidth) {
       Vec square[kWidth];
       const int64_t n = std::min<int64_t>(kWidth, steps - step);
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) {
-        const float* lanes = reinterpret_cast<const float*>(head.queries + (first + q + i) * head.stride) + step;
-        square[i] = first + q + i < head.length ? load_some(lanes, n) : Vec{};
+        const float* lanes = reinterpret_cast<const float*>(rows + (first + r + i) * stride) + step;
+        square[i] = first + r + i < length ? load_some(lanes, n) : Vec{};
       }
       transpose(square);
-      for (int64_t i = 0; i < n; ++i) store(out + (step + i) * kPanel + q, square[i]);
+      for (int64_t i = 0; i < n; ++i) store(out + (step + i) * kPanel + r, square[i]);
     }
   }
 }
@@ -114,68 +115,102 @@ inline void pair_values(const Head<BFloat16>& head, float* out) {
 
 #if defined(TRITON_ST_AMX)
 
-// The pairs of pair_values, transposed: [size][stride] lanes, zeros up to a multiple of 16 pairs.
-inline void transpose_values(const float* paired, int64_t pairs, int64_t size, float* out, int64_t stride) {
-  for (int64_t pair = 0; pair < pairs; pair += kWidth) {
-    for (int64_t i = 0; i < size; i += kWidth) {
-      Vec square[kWidth];
-#pragma GCC unroll 16
-      for (int p = 0; p < kWidth; ++p) square[p] = pair + p < pairs ? load(paired + (pair + p) * size + i) : Vec{};
-      transpose(square);
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kWidth; ++lane) store(out + (i + lane) * stride + pair, square[lane]);
+// Values of adjacent keys as pairs, the right operand of a product by tiles: [size / kPanel][pairs][kPanel] lanes, the
+// features of a panel in the order 0, 2, … 1, 3, …; keys past the last are zeros.
+inline void pair_values_apart(const Head<BFloat16>& head, int64_t pairs, float* out) {
+  const Ints high = Ints{} + static_cast<int32_t>(0xffff0000);
+  for (int64_t i = 0; i < head.size; i += kPanel) {
+    for (int64_t pair = 0; pair < pairs; ++pair, out += kPanel) {
+      auto row = [&](int64_t key) {
+        return key < head.length ? as_ints(load(reinterpret_cast<const float*>(head.values + key * head.stride + i)))
+                                 : Ints{};
+      };
+      const Ints first = row(2 * pair), second = row(2 * pair + 1);
+      store(out, as_floats((first & ~high) | second << 16));
+      store(out + kWidth, as_floats(reinterpret_cast<Ints>(reinterpret_cast<Words>(first) >> 16) | (second & high)));
     }
   }
 }
 
-// What the attend() below does, by tiles, which the caller holds: outputs are formed transposed, so that weights are a
-// right operand as they lie. Rows of keys past the last are read, and what becomes of them is not.
+// Scores of `rows` ≤ kWidth queries to weights: exp(score · scale + bias − largest), as bf16, a row's `stride` lanes from
+// the next; gives 1 / their sums. Scores lie [keys / kPanel][kAmxBlock][kPanel]; query i and key k have bias[i − k].
+template <bool kBiased>
+Vec soften_rows(float* scores, int64_t rows, int64_t keys, float scale, const float* bias, float* weights,
+                int64_t stride) {
+  const Vec factor = splat((kBiased ? 1.f : scale) * 1.44269504f), none = splat(-std::numeric_limits<float>::infinity());
+  const Ints lanes = lane_numbers(), backwards = kWidth - 1 - lanes;
+  auto within = [&](int64_t key, Vec x, Vec otherwise) {
+    return keys - key >= kWidth ? x : (lanes < static_cast<int32_t>(keys - key) ? x : otherwise);
+  };
+  Vec most[kWidth], sums[kWidth];
+  for (int64_t r = 0; r < kWidth; ++r) {
+    most[r] = none;
+    for (int64_t key = 0; r < rows && key < keys; key += kWidth) {
+      float* at = scores + key / kPanel * kAmxBlock * kPanel + r * kPanel + key % kPanel;
+      Vec x = load(at);
+      if constexpr (kBiased) {
+        x = fma(x, splat(scale), __builtin_shuffle(load(bias + r - key - (kWidth - 1)), backwards));
+        store(at, x);
+      }
+      most[r] = maximum(within(key, x, none), most[r]);
+    }
+  }
+  alignas(64) float largest[kWidth];
+  store(largest, combine_rows(most, [](Vec a, Vec b) { return maximum(a, b); }));
+  for (int64_t r = 0; r < kWidth; ++r) {
+    sums[r] = Vec{};
+    for (int64_t key = 0; r < rows && key < keys; key += kPanel) {
+      const float* at = scores + key * kAmxBlock + r * kPanel;
+      // Subtracted first: exactly 0 at the largest score, however large that is.
+      auto weight = [&](int64_t v) {
+        return within(key + v, exp2_short((load(at + v) - splat(largest[r])) * factor), Vec{});
+      };
+      const Vec low = weight(0), high = keys - key > kWidth ? weight(kWidth) : Vec{};
+      sums[r] += low + high;
+      store(weights + r * stride + key / 2, pair_adjacent(low, high));
+    }
+  }
+  return splat(1.f) / combine_rows(sums, [](Vec a, Vec b) { return a + b; });
+}
+
+// What the attend() below does, by tiles, which the caller holds. Rows of queries past the last are read, and what becomes
+// of them is not.
 inline void attend(const Head<BFloat16>& head, float scale, const float* bias, BFloat16* out, int64_t out_stride) {
-  const int64_t length = head.length, steps = head.size / 2, pairs = ceil_div(length, 2);
-  const int64_t padded_pairs = round_up(pairs, kAmxLanes), values_stride = padded_pairs + kAmxLanes;
-  float* queries = attention_scratch.queries.reserve(steps * kPanel);
-  float* scores = attention_scratch.scores.reserve(round_up(length, kAmxBlock) * kPanel);
-  float* paired = attention_scratch.values.reserve(pairs * head.size + head.size * values_stride);
-  float* values = paired + pairs * head.size;
-  pair_values(head, paired);
-  transpose_values(paired, pairs, head.size, values, values_stride);
+  const int64_t length = head.length, steps = head.size / 2, panels = ceil_div(length, kPanel);
+  const int64_t pairs = panels * kPanel / 2, weights_stride = pairs + kAmxLanes;
+  float* keys = attention_scratch.packed.reserve(panels * steps * kPanel);
+  float* scores = attention_scratch.scores.reserve(panels * kAmxBlock * kPanel);
+  float* weights = attention_scratch.weights.reserve(kAmxBlock * weights_stride);
+  float* values = attention_scratch.values.reserve(pairs * head.size);
+  for (int64_t p = 0; p < panels; ++p) {
+    pack_across(head.keys, head.stride, head.size, length, p * kPanel, keys + p * steps * kPanel);
+  }
+  pair_values_apart(head, pairs, values);
   const auto nothing = [](int64_t) {};
   alignas(64) Vec sums[2 * kAmxBlock];
-  for (int64_t first = 0; first < length; first += kPanel) {
-    const int64_t count = std::min<int64_t>(kPanel, length - first);
-    const int vectors = count > kWidth ? 2 : 1;
-    pack_queries(head, first, queries);
-    for (int64_t key = 0; key < length; key += kAmxBlock) {
-      const float* keys = reinterpret_cast<const float*>(head.keys + key * head.stride);
-      auto* block = reinterpret_cast<Vec*>(scores + key * kPanel);
-      if (length - key > kAmxRows) {
-        multiply_tiles<Vec, 1, true>(keys, head.stride / 2, 0, queries, steps / kAmxLanes, block, nothing);
-      } else {
-        multiply_tiles<Vec, 1, false>(keys, head.stride / 2, 0, queries, steps / kAmxLanes, block, nothing);
-      }
+  alignas(64) float inverse[kAmxBlock];
+  for (int64_t first = 0; first < length; first += kAmxBlock) {
+    const int64_t count = std::min<int64_t>(kAmxBlock, length - first);
+    const auto multiply = count > kAmxRows ? multiply_tiles<Vec, 1, true, false, decltype(nothing)&>
+                                           : multiply_tiles<Vec, 1, false, false, decltype(nothing)&>;
+    const float* queries = reinterpret_cast<const float*>(head.queries + first * head.stride);
+    for (int64_t p = 0; p < panels; ++p) {
+      multiply(queries, head.stride / 2, 0, keys + p * steps * kPanel, steps / kAmxLanes,
+               reinterpret_cast<Vec*>(scores + p * kAmxBlock * kPanel), nothing);
     }
-    Vec totals[2];
-    if (bias) {
-      soften<true, true>(scores, length, vectors, scale, bias + first, totals);
-    } else {
-      soften<true, false>(scores, length, vectors, scale, nullptr, totals);
+    for (int64_t r = 0; r < count; r += kWidth) {
+      float *from = scores + r * kPanel, *to = weights + r * weights_stride;
+      const int64_t rows = std::min<int64_t>(kWidth, count - r);
+      store(inverse + r,
+            bias ? soften_rows<true>(from, rows, length, scale, bias + first + r, to, weights_stride)
+                 : soften_rows<false>(from, rows, length, scale, nullptr, to, weights_stride));
     }
-    for (int64_t i = pairs * kPanel; i < padded_pairs * kPanel; i += kWidth) store(scores + i, Vec{});
-    for (int64_t i = 0; i < head.size; i += kAmxBlock) {
-      multiply_tiles<Vec, 1, true>(values + i * values_stride, values_stride, 0, scores,
-                                          padded_pairs / kAmxLanes, sums, nothing);
-      for (int v = 0; v < vectors; ++v) {
-        const Vec inverse = splat(1.f) / totals[v];
-        Vec low[kWidth], high[kWidth];
-#pragma GCC unroll 16
-        for (int d = 0; d < kWidth; ++d) {
-          low[d] = sums[2 * d + v] * inverse;
-          high[d] = sums[2 * (kWidth + d) + v] * inverse;
-        }
-        transpose(low);
-        transpose(high);
-        const int64_t rows = std::min<int64_t>(kWidth, count - v * kWidth);
-        for (int64_t r = 0; r < rows; ++r) put(out + (first + v * kWidth + r) * out_stride + i, low[r], high[r]);
+    for (int64_t i = 0; i < head.size; i += kPanel) {
+      multiply(weights, weights_stride, 0, values + i * pairs, pairs / kAmxLanes, sums, nothing);
+      for (int64_t r = 0; r < count; ++r) {
+        const Vec factor = splat(inverse[r]);
+        store(reinterpret_cast<float*>(out + (first + r) * out_stride + i),
+              pair_across(sums[2 * r] * factor, sums[2 * r + 1] * factor));
       }
     }
   }
@@ -195,7 +230,7 @@ void attend(const Head<T>& head, float scale, const float* bias, T* out, int64_t
 #endif
   const int64_t length = head.length, stride = head.stride / P::kStep, steps = head.size / P::kStep;
   const int64_t key_steps = ceil_div(length, P::kStep);
-  float* queries = attention_scratch.queries.reserve(steps * kPanel);
+  float* queries = attention_scratch.packed.reserve(steps * kPanel);
   float* scores = attention_scratch.scores.reserve(length * kPanel);
   const float* values = reinterpret_cast<const float*>(head.values);
   int64_t value_stride = stride;
@@ -212,7 +247,7 @@ void attend(const Head<T>& head, float scale, const float* bias, T* out, int64_t
   for (int64_t first = 0; first < length; first += kPanel) {
     const int64_t count = std::min<int64_t>(kPanel, length - first);
     const int vectors = count > kWidth ? 2 : 1;
-    pack_queries(head, first, queries);
+    pack_across(head.queries, head.stride, head.size, length, first, queries);
     for_row_groups(length, [&](int64_t key, int64_t rows) {
       const auto multiply = vectors == 2 ? multiply_of<P, false, 2>(rows) : multiply_of<P, false, 1>(rows);
       multiply(reinterpret_cast<const float*>(head.keys + key * head.stride), stride, queries, kPanel, steps,

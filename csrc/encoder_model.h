@@ -1,9 +1,13 @@
 // The weights of a BERT encoder, packed once into one piece of memory: its sizes, then every layer's panels.
 #pragma once
 
+#include <cmath>
+#include <cstring>
+#include <limits>
 #include <vector>
 
 #include "encoder_product.h"
+#include "encoder_rows.h"
 
 namespace triton_st {
 
@@ -25,7 +29,7 @@ auto with_precision(Precision precision, F&& f) {
   STD_TORCH_CHECK(false, "not a precision: ", static_cast<int64_t>(precision));
 }
 
-inline constexpr int64_t kPackedMagic = 0x7473742d656e6302;
+inline constexpr int64_t kPackedMagic = 0x7473742d656e6304;
 inline constexpr int64_t kPackedForm = 2 * kWidth + kAmx;  // what the layout depends on besides the sizes
 
 struct Sizes {
@@ -46,8 +50,8 @@ struct Sizes {
   int64_t context() const { return round_up(heads * padded_head(), kPanel); }
 };
 
-// A LayerNorm. For int8 the layer that it feeds takes x̂ · spread instead of x̂ · gain + shift, with the rest of the
-// gain folded into the weights and the shift into the bias: no feature stretches the range of a token's bytes alone.
+// A LayerNorm. Where rows are scaled the layer that it feeds takes x̂ · spread instead of x̂ · gain + shift, with the rest
+// of the gain folded into the weights and the shift into the bias: no feature stretches a token's range alone.
 struct Norm {
   const float *gain, *shift, *spread;
 };
@@ -55,6 +59,7 @@ struct Norm {
 struct Layer {
   Dense qkv, out, up, down;
   Norm attention_norm, output_norm;
+  const float* hidden_factors;  // where rows are scaled: of each hidden activation, the inverse folded into `down`
 };
 
 struct Model {
@@ -88,10 +93,8 @@ Dense lay_out_dense(Pieces& pieces, int64_t inputs, int64_t outputs) {
   dense.panel_steps = panel_steps<P>(inputs);
   dense.panels = pieces.take<typename P::Weight>(dense.panel_steps * outputs);
   dense.bias = pieces.take<float>(outputs);
-  if constexpr (P::kQuantised) {
-    dense.scales = pieces.take<float>(outputs);
-    dense.column_sums = pieces.take<float>(outputs);
-  }
+  if constexpr (P::kScaled) dense.scales = pieces.take<float>(outputs);
+  if constexpr (P::kQuantised) dense.column_sums = pieces.take<float>(outputs);
   return dense;
 }
 
@@ -100,7 +103,7 @@ Norm lay_out_norm(Pieces& pieces, int64_t hidden) {
   Norm norm{};
   norm.gain = pieces.take<float>(hidden);
   norm.shift = pieces.take<float>(hidden);
-  if constexpr (P::kQuantised) norm.spread = pieces.take<float>(hidden);
+  if constexpr (P::kScaled) norm.spread = pieces.take<float>(hidden);
   return norm;
 }
 
@@ -112,13 +115,14 @@ Model lay_out(Sizes sizes, char* begin) {
   const int64_t hidden = sizes.padded_hidden(), intermediate = sizes.padded_intermediate(), context = sizes.context();
   Model model{sizes, lay_out_norm<P>(pieces, hidden), {}};
   for (int64_t i = 0; i < sizes.layers; ++i) {
-    Layer layer;
+    Layer layer{};
     layer.qkv = lay_out_dense<P>(pieces, hidden, 3 * context);
     layer.out = lay_out_dense<P>(pieces, context, hidden);
     layer.up = lay_out_dense<P>(pieces, hidden, intermediate);
     layer.down = lay_out_dense<P>(pieces, intermediate, hidden);
     layer.attention_norm = lay_out_norm<P>(pieces, hidden);
     layer.output_norm = lay_out_norm<P>(pieces, hidden);
+    if constexpr (P::kScaled) layer.hidden_factors = pieces.take<float>(intermediate);
     model.layers.push_back(layer);
   }
   model.sizes.bytes = pieces.bytes();
@@ -131,27 +135,40 @@ Model lay_out(Sizes sizes, char* begin) {
 struct DenseSource {
   std::vector<const float*> rows;  // of each padded output; null stands for zeros
   std::vector<float> bias;
-  std::vector<int64_t> columns;  // of each padded input; −1 stands for zeros
-  std::vector<float> factors;    // of each padded input; none: ones
+  std::vector<int64_t> columns;    // of each padded input; −1 stands for zeros
+  std::vector<float> factors;      // of each padded input; none: ones
+  std::vector<float> row_factors;  // of each padded output, which the bias has already; none: ones
 
   float at(int64_t output, int64_t input) const {
     if (!rows[output] || input >= static_cast<int64_t>(columns.size()) || columns[input] < 0) return 0.f;
-    return rows[output][columns[input]] * (factors.empty() ? 1.f : factors[input]);
+    const float weight = rows[output][columns[input]] * (factors.empty() ? 1.f : factors[input]);
+    return row_factors.empty() ? weight : weight * row_factors[output];
   }
 };
 
-// A column's weights as signed bytes: per-channel, symmetric. What is not finite makes the scale NaN.
-struct ChannelScale {
-  ChannelScale(const DenseSource& source, int64_t output, int64_t inputs) {
-    float most = 0.f, finite = 0.f;
+// A column's weights as integers of magnitude up to `largest`: per-channel, symmetric. `scale` is what `unit` of them
+// count, NaN where a weight is not finite.
+class Channel {
+ public:
+  Channel(const DenseSource& source, int64_t output, int64_t inputs, int64_t largest, int64_t unit)
+      : source_(source), output_(output) {
+    float most = 0.f, nothing = 0.f;
     for (int64_t k = 0; k < inputs; ++k) {
       most = std::max(most, std::fabs(source.at(output, k)));
-      finite += source.at(output, k) * 0.f;
+      nothing += source.at(output, k) * 0.f;
     }
-    scale = most / 127.f + finite;
-    inverse = most > 1e-30f && finite == 0.f ? 127.f / most : 0.f;
+    scale = most * (static_cast<float>(unit) / static_cast<float>(largest)) + nothing;
+    if (most >= std::numeric_limits<float>::min() && nothing == 0.f) inverse_ = largest / static_cast<double>(most);
   }
-  float scale, inverse;
+  int64_t integer(int64_t input) const {
+    return inverse_ == 0. ? 0 : static_cast<int64_t>(std::nearbyint(source_.at(output_, input) * inverse_));
+  }
+  float scale;
+
+ private:
+  const DenseSource& source_;
+  int64_t output_;
+  double inverse_ = 0.;
 };
 
 template <class P>
@@ -159,31 +176,52 @@ void pack_dense(const Dense& dense, const DenseSource& source) {
   using Weight = typename P::Weight;
   auto* panels = static_cast<Weight*>(const_cast<void*>(dense.panels));
   const int64_t steps = dense.panel_steps;
-  parallel(dense.outputs / kPanel, dense.outputs * dense.inputs, [&](int64_t panel) {
-    for (int64_t c = 0; c < kPanel; ++c) {
-      const int64_t n = panel * kPanel + c;
-      Weight* out = panels + panel * steps * kPanel + c;
+  constexpr int64_t kColumns = kPanelColumns<P>;
+  parallel(dense.outputs / kColumns, dense.outputs * dense.inputs, [&](int64_t panel) {
+    for (int64_t c = 0; c < kColumns; ++c) {
+      const int64_t n = panel * kColumns + c;
+      Weight* out = panels + panel * steps * kColumns + c;
       const_cast<float*>(dense.bias)[n] = source.bias[n];
       if constexpr (P::kQuantised) {
-        const ChannelScale channel(source, n, dense.inputs);
+        const Channel channel(source, n, dense.inputs, 127, 1);
         int64_t sum = 0;
-        for (int64_t step = 0; step < steps; ++step, out += kPanel) {
+        for (int64_t step = 0; step < steps; ++step, out += kColumns) {
           typename P::Number numbers[P::kStep];
           for (int i = 0; i < P::kStep; ++i) {
-            const float w = channel.inverse == 0.f ? 0.f : source.at(n, step * P::kStep + i) * channel.inverse;
-            sum += numbers[i] = static_cast<typename P::Number>(std::nearbyint(w));
+            sum += numbers[i] = static_cast<typename P::Number>(channel.integer(step * P::kStep + i));
           }
           std::memcpy(out, numbers, sizeof numbers);
         }
         const_cast<float*>(dense.scales)[n] = channel.scale;
         const_cast<float*>(dense.column_sums)[n] = static_cast<float>(sum);
+#if defined(TRITON_ST_AMX)
+      } else if constexpr (P::kSliced) {
+        constexpr int kCount = P::kWeightSlices;
+        const Channel channel(source, n, dense.inputs, largest_fixed(kCount), 1 << 8 * (kCount - 1));
+        // Slice by slice of each chunk of kAmxLanes steps.
+        for (int64_t step = 0; step < steps / kCount; ++step) {
+          int8_t slices[kCount][P::kStep];
+          for (int i = 0; i < P::kStep; ++i) {
+            int64_t rest = channel.integer(step * P::kStep + i);
+            for (int slice = kCount - 1; slice >= 0; --slice) {
+              slices[slice][i] = static_cast<int8_t>(rest);  // its low byte: what is left is a multiple of 256
+              rest = (rest - slices[slice][i]) / 256;
+            }
+          }
+          for (int slice = 0; slice < kCount; ++slice) {
+            const int64_t at = (step / kAmxLanes * kCount + slice) * kAmxLanes + step % kAmxLanes;
+            std::memcpy(out + at * kColumns, slices[slice], sizeof slices[slice]);
+          }
+        }
+        const_cast<float*>(dense.scales)[n] = channel.scale;
+#endif
       } else if constexpr (P::kStep == 2) {
-        for (int64_t step = 0; step < steps; ++step, out += kPanel) {
+        for (int64_t step = 0; step < steps; ++step, out += kColumns) {
           const BFloat16 pair[2] = {BFloat16(source.at(n, 2 * step)), BFloat16(source.at(n, 2 * step + 1))};
           std::memcpy(out, pair, sizeof pair);
         }
       } else {
-        for (int64_t step = 0; step < steps; ++step, out += kPanel) *out = static_cast<Weight>(source.at(n, step));
+        for (int64_t step = 0; step < steps; ++step, out += kColumns) *out = static_cast<Weight>(source.at(n, step));
       }
     }
   });
@@ -224,11 +262,17 @@ inline std::vector<int64_t> head_features(const Sizes& sizes) {
   return features;
 }
 
-// `weights`: gain and shift (and spread, for int8) of the embeddings' LayerNorm; then of each layer weight and bias of
-// query, key, value and output projection, gain, shift (spread), weight and bias of both feed-forward layers, gain,
-// shift (spread).
+// `weights`: gain and shift of the embeddings' LayerNorm; then of each layer weight and bias of query, key, value and
+// output projection, gain, shift, weight and bias of both feed-forward layers, gain, shift. Where rows are scaled each
+// shift is followed by `spread`, and query and the feed-forward weights by what the values and the hidden activations
+// are divided by.
 template <class P>
 Tensor pack(const Sizes& wanted, const std::vector<Tensor>& weights) {
+  if constexpr (P::kScaled) {
+    constexpr int64_t kMost = 32768;  // inputs whose products an integer can sum: up to three products of bytes for each
+    STD_TORCH_CHECK(std::max(wanted.hidden, P::kQuantised ? wanted.intermediate : 0) <= kMost,
+                    "encoder_pack: more than ", kMost, " inputs of a layer");
+  }
   const Sizes sizes = lay_out<P>(wanted, nullptr).sizes;
   Tensor packed = empty({sizes.bytes}, ScalarType::Byte);
   char* begin = data<char>(packed);
@@ -251,8 +295,17 @@ Tensor pack(const Sizes& wanted, const std::vector<Tensor>& weights) {
     if (norm.spread) copy_padded(take(hidden), hidden, norm.spread, padded);
     return norm;
   };
-  auto read_dense = [&](const Dense& dense, int64_t inputs, int64_t outputs, const std::vector<int64_t>& columns,
-                        const std::vector<int64_t>& rows, int parts, const Norm& norm) {
+  // What features are divided by, in their padded places; none: ones.
+  auto read_factors = [&](int64_t size, const std::vector<int64_t>& features) {
+    std::vector<float> factors;
+    if constexpr (P::kScaled) {
+      const float* from = take(size);
+      for (const int64_t i : features) factors.push_back(i < 0 ? 1.f : from[i]);
+    }
+    return factors;
+  };
+  auto read_source = [&](int64_t inputs, int64_t outputs, const std::vector<int64_t>& columns,
+                         const std::vector<int64_t>& rows, int parts) {
     DenseSource source;
     source.columns = columns;
     for (int part = 0; part < parts; ++part) {
@@ -263,17 +316,36 @@ Tensor pack(const Sizes& wanted, const std::vector<Tensor>& weights) {
         source.bias.push_back(n < 0 ? 0.f : bias[n]);
       }
     }
-    if (norm.spread) fold(norm, source);
-    pack_dense<P>(dense, source);
+    return source;
   };
-  const Norm none{};
   Norm norm = read_norm(model.norm);
   for (const Layer& layer : model.layers) {
-    read_dense(layer.qkv, hidden, hidden, plain, heads, 3, norm);
-    read_dense(layer.out, hidden, hidden, heads, plain, 1, none);
+    const std::vector<float> value_factors = read_factors(hidden, heads);
+    DenseSource qkv = read_source(hidden, hidden, plain, heads, 3);
+    if constexpr (P::kScaled) {
+      qkv.row_factors.assign(qkv.rows.size(), 1.f);
+      const size_t values = 2 * heads.size();
+      for (size_t i = 0; i < heads.size(); ++i) {
+        qkv.row_factors[values + i] = 1.f / value_factors[i];
+        qkv.bias[values + i] /= value_factors[i];
+      }
+      fold(norm, qkv);
+    }
+    pack_dense<P>(layer.qkv, qkv);
+    DenseSource out = read_source(hidden, hidden, heads, plain, 1);
+    out.factors = value_factors;
+    pack_dense<P>(layer.out, out);
     norm = read_norm(layer.attention_norm);
-    read_dense(layer.up, hidden, sizes.intermediate, plain, wide, 1, norm);
-    read_dense(layer.down, sizes.intermediate, hidden, wide, plain, 1, none);
+    const std::vector<float> hidden_factors = read_factors(sizes.intermediate, wide);
+    DenseSource up = read_source(hidden, sizes.intermediate, plain, wide, 1);
+    if constexpr (P::kScaled) fold(norm, up);
+    pack_dense<P>(layer.up, up);
+    DenseSource down = read_source(sizes.intermediate, hidden, wide, plain, 1);
+    down.factors = hidden_factors;
+    pack_dense<P>(layer.down, down);
+    for (size_t i = 0; i < hidden_factors.size(); ++i) {
+      const_cast<float*>(layer.hidden_factors)[i] = 1.f / hidden_factors[i];
+    }
     norm = read_norm(layer.output_norm);
   }
   return packed;

@@ -3,29 +3,29 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 
 #include "encoder_attention.h"
 #include "encoder_model.h"
+#include "encoder_tiles.h"
 
 namespace triton_st {
 
 // --- elementwise ---
 
-// x · Φ(x), to within 3e-7.
-inline Vec gelu(Vec x, float) {
-  const Vec z = x * 0.70710678f, size = absolute(z);
-  const Vec t = splat(1.f) / fma(size, splat(0.3275911f), splat(1.f));  // Abramowitz & Stegun 7.1.26
-  Vec p = fma(splat(1.061405429f), t, splat(-1.453152027f));
-  p = fma(p, t, splat(1.421413741f));
-  p = fma(p, t, splat(-0.284496736f));
-  p = fma(p, t, splat(0.254829592f));
-  const Vec tail = p * t * exp(-z * z);  // 1 − erf |z|
-  const Vec half = x * 0.5f;
-  return z < 0.f ? half * tail : fma(-half, tail, x);
+// x · Φ(x), to within 4e-7: Φ(−|x|) as in Abramowitz & Stegun 26.2.17.
+[[gnu::always_inline]] inline Vec gelu(Vec x, float) {
+  const Vec size = absolute(x), t = reciprocal(fma(size, splat(0.2316419f), splat(1.f)));
+  Vec p = fma(splat(0.5307027145f), t, splat(-0.7265760135f));
+  p = fma(p, t, splat(0.7107068705f));
+  p = fma(p, t, splat(-0.142248368f));
+  p = fma(p, t, splat(0.127414796f));
+  const Vec tail = p * t * exp2_below(x * x * -0.72134752f);
+  return fma(-size, tail, maximum(Vec{}, x));  // NaN comes through
 }
 
 // x · Φ(x), to within 2e-3, a fraction of a byte's step.
-inline Vec gelu(Vec x, int8_t) {
+[[gnu::always_inline]] inline Vec gelu(Vec x, int8_t) {
   const Vec positive = maximum(Vec{}, x);  // NaN comes through
   const Vec end = splat(3.3f);
   Vec size = absolute(x);
@@ -37,7 +37,7 @@ inline Vec gelu(Vec x, int8_t) {
 }
 
 // x · Φ(x), to within 4e-5: less than bf16 can hold of it.
-inline Vec gelu(Vec x, BFloat16) {
+[[gnu::always_inline]] inline Vec gelu(Vec x, BFloat16) {
   constexpr float kEnd = 4.5f;
 #if defined(TRITON_ST_AVX512)
   const Vec inside = _mm512_range_ps(x, splat(kEnd), 0b0010);  // the lesser magnitude, the sign of x
@@ -152,37 +152,35 @@ class Pass {
         base_(batch.cu_seqlens[first]),
         hidden_(model.sizes.padded_hidden()),
         context_(model.sizes.context()),
-        intermediate_(model.sizes.padded_intermediate()),
         x_stride_(padded_stride<float>(hidden_)),
         qkv_stride_(padded_stride<Activation>(3 * context_)),
         context_stride_(padded_stride<Activation>(context_)),
-        fed_stride_(padded_stride<Activation>(hidden_columns)) {
+        fed_stride_(padded_stride<Activation>(hidden_columns)),
+        hidden_rows_(hidden_rows) {
     // Tiles read the last group of rows past its end.
     const int64_t rows = batch.cu_seqlens[last] - base_, spare = P::kTiled ? kGroupRows<P> : 0;
     x_ = workspace.x.reserve(rows * x_stride_);
     qkv_ = activations(workspace.qkv, (rows + spare) * qkv_stride_);
     attended_ = activations(workspace.context, (rows + spare) * context_stride_);
-    if constexpr (!kSplit) fed_ = activations(workspace.hidden, (hidden_rows + spare) * fed_stride_);
-    if constexpr (P::kQuantised || kSplit || !kFloatLanes) {
+    fed_ = activations(workspace.hidden, (hidden_rows + spare) * fed_stride_);
+    if constexpr (P::kScaled || !kFloatLanes) {
       x_operand_ = own_lanes(workspace.x_lanes, rows + spare, hidden_);
     } else {
       x_operand_ = {x_, x_stride_, 0, nullptr, nullptr};
     }
-    if constexpr (P::kQuantised || kSplit) {
+    if constexpr (P::kScaled) {
       context_operand_ = own_lanes(workspace.context_lanes, rows + spare, context_);
       hidden_operand_ = own_lanes(workspace.hidden_lanes, hidden_rows + spare, hidden_columns);
+      const int64_t groups = ceil_div(hidden_columns, kFeedColumns<P>);
+      float* scales = workspace.row_scales.reserve(4 * rows + 2 * groups * hidden_rows);
+      auto take = [&](int64_t count) { return std::exchange(scales, scales + count); };
+      auto take_both = [&](Operand& operand, int64_t count) { operand.scales = take(count), operand.zeros = take(count); };
+      take_both(x_operand_, rows);
+      take_both(context_operand_, rows);
+      take_both(hidden_operand_, groups * hidden_rows);
     } else {
       context_operand_ = {reinterpret_cast<const float*>(attended_), context_stride_ / P::kStep, 0, nullptr, nullptr};
       hidden_operand_ = {reinterpret_cast<const float*>(fed_), fed_stride_ / P::kStep, 0, nullptr, nullptr};
-    }
-    if constexpr (P::kQuantised) {
-      float* scales = workspace.row_scales.reserve(4 * rows + 2 * hidden_rows);
-      x_operand_.scales = scales;
-      x_operand_.zeros = scales + rows;
-      context_operand_.scales = scales + 2 * rows;
-      context_operand_.zeros = scales + 3 * rows;
-      hidden_operand_.scales = scales + 4 * rows;
-      hidden_operand_.zeros = scales + 4 * rows + hidden_rows;
     }
   }
 
@@ -206,8 +204,8 @@ class Pass {
   }
 
   void project_qkv(const Layer& layer, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
-    dense_product<P>(x_operand_, row, rows, layer.qkv, panel, panels, [&](int64_t r, int64_t c, Vec low, Vec high) {
-      put(qkv_ + r * qkv_stride_ + c, low, high);
+    dense_product<P>(x_operand_, row, rows, layer.qkv, panel, panels, [&](int64_t r, int64_t c, auto... values) {
+      put(qkv_ + r * qkv_stride_ + c, values...);
     });
   }
 
@@ -227,17 +225,13 @@ class Pass {
     for (int64_t r = row; r < row + rows; ++r) {
       Activation* values = attended_ + r * context_stride_;
       std::fill(values + used, values + context_, Activation(0.f));
-      if constexpr (kSplit) {
-        split_row(values, context_, context_operand_, r);
-      } else {
-        quantise_row(values, context_, context_operand_, r);
-      }
+      if constexpr (P::kScaled) put_row(values, context_, range_of(values, context_), context_operand_, r);
     }
   }
 
   void project_out(const Layer& layer, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
     dense_product<P>(context_operand_, row, rows, layer.out, panel, panels,
-                     [&](int64_t r, int64_t c, Vec low, Vec high) { add_to_x(r, c, low, high); });
+                     [&](int64_t r, int64_t c, auto... values) { add_to_x(r, c, values...); });
   }
 
   void normalise(int64_t row, int64_t rows, const Norm& norm) {
@@ -253,21 +247,33 @@ class Pass {
 
   void feed_up(const Layer& layer, Corner corner, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
     using Accuracy =
-        std::conditional_t<P::kQuantised, int8_t, std::conditional_t<kFloatLanes, float, BFloat16>>;
-    dense_product<P>(x_operand_, row, rows, layer.up, panel, panels, [&](int64_t r, int64_t c, Vec low, Vec high) {
-      const Vec low_fed = gelu(low, Accuracy()), high_fed = gelu(high, Accuracy());
-      if constexpr (kSplit) {
-        split(low_fed, high_fed, hidden_operand_, r - corner.row, c - corner.column);
+        std::conditional_t<P::kQuantised, int8_t, std::conditional_t<kFloatActivations, float, BFloat16>>;
+    dense_product<P>(x_operand_, row, rows, layer.up, panel, panels, [&](int64_t r, int64_t c, auto... values) {
+      const float* factor = layer.hidden_factors + c;
+      auto activated = [&](Vec x) {
+        if constexpr (!P::kScaled) return gelu(x, Accuracy());
+        return gelu(x, Accuracy()) * load(std::exchange(factor, factor + kWidth));
+      };
+      const Vec fed[] = {activated(values)...};
+      Activation* to = fed_ + (r - corner.row) * fed_stride_ + c - corner.column;
+      if constexpr (sizeof...(values) == 1) {
+        put(to, fed[0]);
       } else {
-        put(fed_ + (r - corner.row) * fed_stride_ + c - corner.column, low_fed, high_fed);
+        put(to, fed[0], fed[1]);
       }
     });
   }
 
-  // Rows of the hidden activations' memory.
-  void finish_hidden(int64_t row, int64_t rows) {
-    if constexpr (P::kQuantised) {
-      for (int64_t r = row; r < row + rows; ++r) quantise_row(fed_ + r * fed_stride_, intermediate_, hidden_operand_, r);
+  // Rows of the hidden activations' memory, of which `columns` are there.
+  void finish_hidden(int64_t row, int64_t rows, int64_t columns) {
+    if constexpr (P::kScaled) {
+      for (int64_t r = row; r < row + rows; ++r) {
+        for (int64_t column = 0; column < columns; column += kFeedColumns<P>) {
+          const Activation* values = fed_ + r * fed_stride_ + column;
+          const int64_t n = std::min(kFeedColumns<P>, columns - column);
+          put_row(values, n, range_of(values, n), hidden_group(column), r);
+        }
+      }
     }
   }
 
@@ -276,15 +282,13 @@ class Pass {
                  int64_t column, int64_t columns) {
     for (int64_t begin = column; begin < column + columns; begin += kFeedColumns<P>) {
       Dense part = layer.down;
-      Operand hidden = hidden_operand_;
       if constexpr (P::kTiled && !P::kQuantised) {
-        part.panels = static_cast<const typename P::Weight*>(part.panels) + begin / P::kStep * kPanel;
+        part.panels = static_cast<const typename P::Weight*>(part.panels) + panel_steps<P>(begin) * kPanelColumns<P>;
         part.inputs = std::min(kFeedColumns<P>, column + columns - begin);
         if (begin > 0) part.bias = nullptr;
-        hidden.lanes += (begin - corner.column) / 2;
       }
-      dense_product<P>(hidden, row - corner.row, rows, part, panel, panels,
-                       [&](int64_t r, int64_t c, Vec low, Vec high) { add_to_x(r + corner.row, c, low, high); });
+      dense_product<P>(hidden_group(begin - corner.column), row - corner.row, rows, part, panel, panels,
+                       [&](int64_t r, int64_t c, auto... values) { add_to_x(r + corner.row, c, values...); });
     }
   }
 
@@ -293,35 +297,41 @@ class Pass {
 
  private:
   static constexpr int kNormRows = 4;
-  static constexpr bool kFloatLanes = P::kStep == 1;  // but for kSplit, activations are operands as they lie in memory
-  static constexpr bool kSplit = P::kParts > 1;
+  static constexpr bool kFloatActivations = sizeof(Activation) == sizeof(float);
+  static constexpr bool kFloatLanes = P::kStep == 1;  // activations are operands as they lie in memory
 
   static Activation* activations(Buffer& buffer, int64_t count) {
     return reinterpret_cast<Activation*>(buffer.reserve(ceil_div(count * sizeof(Activation), sizeof(float))));
   }
 
   static Operand own_lanes(Buffer& buffer, int64_t rows, int64_t inputs) {
-    const int64_t part = part_lanes<P>(inputs), stride = P::kParts * part + 16;
-    return {buffer.reserve(rows * stride), stride, part, nullptr, nullptr};
+    const int64_t lanes = row_lanes<P>(inputs), stride = (P::kSliced ? kSlices : 1) * lanes + 16;
+    return {buffer.reserve(rows * stride), stride, lanes, nullptr, nullptr};
   }
 
-  void add_to_x(int64_t row, int64_t column, Vec low, Vec high) {
+  // The operand of hidden activations from `column` of their memory on, a multiple of kFeedColumns.
+  Operand hidden_group(int64_t column) const {
+    Operand operand = hidden_operand_;
+    operand.lanes += column / P::kStep;
+    if constexpr (P::kScaled) operand.scales += column / kFeedColumns<P> * hidden_rows_;
+    return operand;
+  }
+
+  template <class... Vectors>
+  void add_to_x(int64_t row, int64_t column, Vectors... values) {
     float* x = x_ + row * x_stride_ + column;
-    store(x, load(x) + low);
-    store(x + kWidth, load(x + kWidth) + high);
+    ((store(x, load(x) + values), x += kWidth), ...);
   }
 
   template <int kRows>
   void normalise_rows(int64_t row, const Norm& norm) {
     const float eps = static_cast<float>(model_.sizes.eps);
-    float *x = x_ + row * x_stride_, *spread = P::kQuantised ? spread_rows.reserve(kNormRows * hidden_) : nullptr;
+    float *x = x_ + row * x_stride_, *spread = P::kScaled ? spread_rows.reserve(kNormRows * hidden_) : nullptr;
     Range ranges[kRows];
-    layer_norm<P::kQuantised, kRows>(x, x_stride_, model_.sizes.hidden, norm, eps, spread, ranges);
+    layer_norm<P::kScaled, kRows>(x, x_stride_, model_.sizes.hidden, norm, eps, spread, ranges);
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (P::kQuantised) {
-        put_row(spread + r * hidden_, hidden_, Levels(ranges[r]), x_operand_, row + r);
-      } else if constexpr (kSplit) {
-        split_row(x + r * x_stride_, hidden_, x_operand_, row + r);
+      if constexpr (P::kScaled) {
+        put_row(spread + r * hidden_, hidden_, ranges[r], x_operand_, row + r);
       } else if constexpr (!kFloatLanes) {
         auto* out = reinterpret_cast<Activation*>(const_cast<float*>(x_operand_.lanes) + (row + r) * x_operand_.stride);
         for (int64_t i = 0; i < hidden_; i += kPanel) {
@@ -331,39 +341,27 @@ class Pass {
     }
   }
 
-#if defined(TRITON_ST_AMX)
-  // Columns [column, column + kPanel) of a row as the three parts of an operand.
-  static void split(Vec low, Vec high, const Operand& operand, int64_t row, int64_t column) {
-    float* lanes = const_cast<float*>(operand.lanes) + row * operand.stride + column / 2;
-    for (int64_t part = 0; part < 3; ++part) store(lanes + part * operand.part_stride, take_part(low, high));
-  }
-#else
-  static void split(Vec, Vec, const Operand&, int64_t, int64_t) {}
-#endif
-
-  static void split_row(const float* values, int64_t n, const Operand& operand, int64_t row) {
-    for (int64_t i = 0; i < n; i += kPanel) split(load(values + i), load(values + i + kWidth), operand, row, i);
-  }
-
+  // n values (a multiple of kPanel) of this range as row `row` of an operand.
   template <class T>
-  void put_row(const T* values, int64_t n, const Levels& levels, const Operand& operand, int64_t row) {
-    const_cast<float*>(operand.scales)[row] = levels.scale;
-    const_cast<float*>(operand.zeros)[row] = levels.zero;
-    put_levels(values, n, levels,
-               reinterpret_cast<Int8Precision::Level*>(const_cast<float*>(operand.lanes) + row * operand.stride));
-  }
-
-  template <class T>
-  void quantise_row(const T* values, int64_t n, const Operand& operand, int64_t row) {
-    if constexpr (P::kQuantised) put_row(values, n, Levels(range_of(values, n)), operand, row);
+  static void put_row(const T* values, int64_t n, const Range& range, const Operand& operand, int64_t row) {
+    char* out = reinterpret_cast<char*>(const_cast<float*>(operand.lanes) + row * operand.stride);
+    float* scale = const_cast<float*>(operand.scales) + row;
+    if constexpr (P::kQuantised) {
+      const Levels levels(range);
+      *scale = levels.scale;
+      const_cast<float*>(operand.zeros)[row] = levels.zero;
+      put_levels(values, n, levels, reinterpret_cast<Int8Precision::Level*>(out));
+    } else {
+      *scale = put_slices(values, n, range, out, 4 * operand.slice_stride);
+    }
   }
 
   const Model& model_;
   const Batch& batch_;
-  int64_t base_, hidden_, context_, intermediate_;
-  int64_t x_stride_, qkv_stride_, context_stride_, fed_stride_;
+  int64_t base_, hidden_, context_;
+  int64_t x_stride_, qkv_stride_, context_stride_, fed_stride_, hidden_rows_;
   float* x_;
-  Activation *qkv_, *attended_, *fed_ = nullptr;
+  Activation *qkv_, *attended_, *fed_;
   Operand x_operand_, context_operand_, hidden_operand_;
 };
 

@@ -234,6 +234,16 @@ inline float largest(Vec x) {
   return result;
 }
 
+// 1 / x of a positive x, within 2 ulp: a division holds up everything else.
+inline Vec reciprocal(Vec x) {
+#if defined(TRITON_ST_AVX512)
+  const Vec about = _mm512_rcp14_ps(x);
+  return about * fma(-about, x, splat(2.f));
+#else
+  return splat(1.f) / x;
+#endif
+}
+
 // e^x within 2 ulp; 0 at −inf and wherever the result is below the smallest fp32, inf above the largest, NaN at NaN.
 inline Vec exp(Vec x) {
   x = minimum(splat(89.f), maximum(splat(-104.f), x));  // in this order a NaN stays
@@ -256,6 +266,21 @@ inline Vec exp(Vec x) {
   const Ints power = as_ints(shifted) - as_ints(magic);
   const Ints first = power >> 1;
   return p * as_floats((first + 127) << 23) * as_floats((power - first + 127) << 23);
+#endif
+}
+
+// 2^x within 1e-7 of itself, of an x that is not above 0; NaN at NaN.
+inline Vec exp2_below(Vec x) {
+#if defined(TRITON_ST_AVX512)
+  x = maximum(splat(-200.f), x);  // −inf less −inf would be NaN
+  const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - n;
+  Vec p = fma(splat(1.327335385e-3f), r, splat(9.671758133e-3f));
+  p = fma(p, r, splat(5.550700996e-2f));
+  p = fma(p, r, splat(2.402223680e-1f));
+  p = fma(p, r, splat(6.931470070e-1f));
+  return _mm512_scalef_ps(fma(p, r, splat(1.f)), n);
+#else
+  return exp(x * 0.69314718f);
 #endif
 }
 
@@ -296,9 +321,9 @@ inline Vec saturated(Vec x) {
 inline Vec pair_adjacent(Vec low, Vec high) { return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(high, low)); }
 // Lane i = the pair (first[i], second[i]), rounded.
 inline Vec pair_across(Vec first, Vec second) {
-  const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(first)));
-  const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(second)));
-  return reinterpret_cast<Vec>(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  __m512i words;
+  for (int i = 0; i < 32; ++i) reinterpret_cast<uint16_t*>(&words)[i] = static_cast<uint16_t>(i / 2 + i % 2 * kWidth);
+  return reinterpret_cast<Vec>(_mm512_permutexvar_epi16(words, reinterpret_cast<__m512i>(pair_adjacent(first, second))));
 }
 #else
 inline Vec pair_adjacent(Vec low, Vec) { return low; }
@@ -307,24 +332,46 @@ inline Vec pair_across(Vec first, Vec) { return first; }
 
 // --- squares of lanes ---
 
+// Which lanes of rows i and i + distance, one behind the other, go to the first and to the second of them.
+struct Exchange {
+  Ints first, second;
+  explicit Exchange(int distance) {
+    for (int lane = 0; lane < kWidth; ++lane) {
+      const bool from_second = lane & distance;
+      first[lane] = from_second ? kWidth + lane - distance : lane;
+      second[lane] = from_second ? kWidth + lane : lane + distance;
+    }
+  }
+};
+
 // Transposes a square of kWidth × kWidth lanes.
 inline void transpose(Vec (&rows)[kWidth]) {
 #pragma GCC unroll 4
   for (int distance = 1; distance < kWidth; distance *= 2) {
-    Ints low, high;  // which lanes of the pair (a, b) go to its first and to its second row
-    for (int lane = 0; lane < kWidth; ++lane) {
-      const bool second = lane & distance;
-      low[lane] = second ? kWidth + lane - distance : lane;
-      high[lane] = second ? kWidth + lane : lane + distance;
-    }
+    const Exchange lanes(distance);
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) {
       if (i & distance) continue;
       const Vec a = rows[i], b = rows[i + distance];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + distance] = __builtin_shuffle(a, b, high);
+      rows[i] = __builtin_shuffle(a, b, lanes.first);
+      rows[i + distance] = __builtin_shuffle(a, b, lanes.second);
     }
   }
+}
+
+// Lane i = what `combine`, of two vectors, makes of the lanes of rows[i]; the rows are used up.
+template <class Combine>
+inline Vec combine_rows(Vec (&rows)[kWidth], Combine&& combine) {
+#pragma GCC unroll 4
+  for (int distance = 1; distance < kWidth; distance *= 2) {
+    const Exchange lanes(distance);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; i += 2 * distance) {
+      const Vec a = rows[i], b = rows[i + distance];
+      rows[i] = combine(__builtin_shuffle(a, b, lanes.first), __builtin_shuffle(a, b, lanes.second));
+    }
+  }
+  return rows[0];
 }
 
 }  // namespace triton_st

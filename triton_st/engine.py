@@ -116,9 +116,12 @@ class Engine:
 
     Args:
         encoder: a `PackedEncoder` with float32 parameters on the CPU.
-        dtype: "float32"; "float16": weights are stored in half, everything is computed in float32; "bfloat16": products
+        dtype: "float32"; "float16": weights take two bytes, everything is computed in float32; "bfloat16": products
             of bfloat16, sums and everything between products in float32; "int8": products of bytes (activations with a
-            scale and a zero point for each token, weights with a scale for each output; nothing to calibrate).
+            scale and a zero point for each token, weights with a scale for each output; nothing to calibrate). On
+            processors with AMX "float32" multiplies fixed-point numbers of 24 bits with such scales and sums them
+            exactly, which is as accurate unless a token has one feature thousands of times larger than the others; the
+            weights of "float16" are then fixed-point numbers of 16 bits.
 
     Raises:
         TypeError: `encoder` is none. ValueError: an unknown dtype.
@@ -187,10 +190,10 @@ class Engine:
         for layer in self.encoder.layers():
             weights += layer.weights()
         plain = [weight.detach().contiguous() for weight in weights]
-        if self.dtype == "float16":  # a finite weight stays finite
-            plain = [saturate(weight, torch.float16).float() for weight in plain]
-        if self.dtype == "int8":
+        if torch.ops.triton_st_cpp.encoder_scales_rows(DTYPES.index(self.dtype)):
             plain = _with_spreads(plain, self.encoder)
+        elif self.dtype == "float16":  # a finite weight stays finite
+            plain = [saturate(weight, torch.float16).float() for weight in plain]
         self._packed = torch.ops.triton_st_cpp.encoder_pack(
             DTYPES.index(self.dtype), a.layers, a.hidden_size, a.heads, a.intermediate_size, a.eps, plain
         )
@@ -344,14 +347,17 @@ def ahead(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Gener
         yield coming.result()
 
 
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def _with_spreads(weights: list[Tensor], encoder: PackedEncoder) -> list[Tensor]:
-    """Put behind each LayerNorm's gain and shift the factors of its normalised features before they become bytes.
+    """Put among the weights the factors of features that become numbers of few bits, as the C++ side expects them.
 
     Some features of a trained encoder are many times larger than the others, in every token, and would leave those few
-    of the 256 steps. Each is divided by a power of two, by which the weights that it meets are multiplied: the root of
-    how large it gets over how large those weights are (Xiao et al., "SmoothQuant", https://arxiv.org/abs/2211.10438).
-    Which features these are shows on random tokens, so that nothing has to be calibrated. Tokens whose embeddings are
-    not finite show nothing: they must not reach the texts that do not hold them.
+    of a token's steps. Each is divided by a power of two, by which the weights that it meets are multiplied: the root
+    of how large it gets over how large those weights are (Xiao et al., "SmoothQuant",
+    https://arxiv.org/abs/2211.10438). Which features these are shows on random tokens, so that nothing has to be
+    calibrated. Tokens whose embeddings are not finite show nothing: they must not reach the texts that do not hold
+    them.
     """
     a = encoder.architecture
     gain, shift, *rest = weights
@@ -359,35 +365,46 @@ def _with_spreads(weights: list[Tensor], encoder: PackedEncoder) -> list[Tensor]
     length = min(16, a.longest)
     ids = torch.randint(a.vocab_size, (16, length), generator=torch.Generator().manual_seed(0))
     result: list[Tensor] = []
+    linear = torch.ops.triton_st_cpp.encoder_dense  # libraries' products keep more memory than all these weights take
+
+    def factors(features: Tensor, *fed: Tensor) -> Tensor:
+        """By how much features [tokens, K] are to be divided before they meet weights [N, K]."""
+        sizes = features.abs().amax(0).clamp(min=1e-3)
+        met = torch.stack([torch.maximum(w.amax(0), -w.amin(0)) for w in fed]).amax(0).clamp(min=1e-4)
+        factor = (sizes / met).sqrt().log2().round().exp2()
+        return torch.where(factor.isfinite() & (factor > 0), factor, 1.0)
+
+    def outlying_factors(features: Tensor, fed: Tensor) -> Tensor:
+        """The same where every token has large features of its own: of those alone that are far from the others'."""
+        factor = factors(features, fed)
+        factor = factor / factor.median()
+        return torch.where((factor > 8) | (factor < 1 / 8), factor, 1.0)
 
     def add_norm(gain: Tensor, shift: Tensor, hidden: Tensor, *fed: Tensor) -> None:
-        sizes = (hidden - shift).abs().amax((0, 1)).clamp(min=1e-3)
-        met = torch.stack([weight.abs().amax(0) for weight in fed]).amax(0).clamp(min=1e-4)
-        factor = (sizes / met).sqrt().log2().round().exp2()
-        result.extend((gain, shift, gain / torch.where(factor.isfinite() & (factor > 0), factor, 1.0)))
+        result.extend((gain, shift, gain / factors(hidden - shift, *fed)))
 
-    with torch.no_grad():
-        hidden = word[ids] + position[a.position_offset :][:length]
-        if types is not None:
-            hidden = hidden + types[0]
-        norm = gain, shift
-        hidden = F.layer_norm(hidden, (a.hidden_size,), *norm, a.eps).nan_to_num(0.0, 0.0, 0.0)
-        for i in range(0, len(rest), len(LayerWeights._fields)):
-            w = LayerWeights(*rest[i : i + len(LayerWeights._fields)])
-            add_norm(*norm, hidden, w.query_weight, w.key_weight, w.value_weight)
-            projected = [
-                F.linear(hidden, weight, bias).unflatten(-1, (a.heads, -1)).transpose(1, 2)
-                for weight, bias in (w[0:2], w[2:4], w[4:6])
-            ]
-            attended = F.scaled_dot_product_attention(*projected).transpose(1, 2).flatten(2)
-            hidden = hidden + F.linear(attended, w.projection_weight, w.projection_bias)
-            hidden = F.layer_norm(hidden, (a.hidden_size,), w.attention_norm_weight, w.attention_norm_bias, a.eps)
-            result.extend(w[:8])
-            add_norm(w.attention_norm_weight, w.attention_norm_bias, hidden, w.up_weight)
-            fed = F.linear(F.gelu(F.linear(hidden, w.up_weight, w.up_bias)), w.down_weight, w.down_bias)
-            norm = w.output_norm_weight, w.output_norm_bias
-            hidden = F.layer_norm(hidden + fed, (a.hidden_size,), *norm, a.eps)
-            result.extend(w[10:14])
+    hidden = word[ids] + position[a.position_offset :][:length]
+    if types is not None:
+        hidden = hidden + types[0]
+    norm = gain, shift
+    hidden = F.layer_norm(hidden, (a.hidden_size,), *norm, a.eps).nan_to_num(0.0, 0.0, 0.0).flatten(0, 1)
+    for i in range(0, len(rest), len(LayerWeights._fields)):
+        w = LayerWeights(*rest[i : i + len(LayerWeights._fields)])
+        add_norm(*norm, hidden, w.query_weight, w.key_weight, w.value_weight)
+        projected = [
+            linear(hidden, weight, bias).view(*ids.shape, a.heads, -1).transpose(1, 2)
+            for weight, bias in (w[0:2], w[2:4], w[4:6])
+        ]
+        attended = F.scaled_dot_product_attention(*projected).transpose(1, 2).reshape(hidden.shape)
+        result.extend((outlying_factors(attended, w.projection_weight), *w[:8]))
+        hidden = hidden + linear(attended, w.projection_weight, w.projection_bias)
+        hidden = F.layer_norm(hidden, (a.hidden_size,), w.attention_norm_weight, w.attention_norm_bias, a.eps)
+        add_norm(w.attention_norm_weight, w.attention_norm_bias, hidden, w.up_weight)
+        fed = torch.ops.triton_st_cpp.bias_gelu(linear(hidden, w.up_weight, None), w.up_bias)
+        result.extend((outlying_factors(fed, w.down_weight), *w[10:14]))
+        norm = w.output_norm_weight, w.output_norm_bias
+        hidden = hidden + linear(fed, w.down_weight, w.down_bias)
+        hidden = F.layer_norm(hidden, (a.hidden_size,), *norm, a.eps)
     return [*result, *norm, norm[0]]  # the last LayerNorm feeds no product
 
 
