@@ -120,8 +120,8 @@ class Engine:
             of bfloat16, sums and everything between products in float32; "int8": products of bytes (activations with a
             scale and a zero point for each token, weights with a scale for each output; nothing to calibrate). On
             processors with AMX "float32" multiplies fixed-point numbers of 24 bits with such scales and sums them
-            exactly, which is as accurate unless a token has one feature thousands of times larger than the others; the
-            weights of "float16" are then fixed-point numbers of 16 bits.
+            exactly: errors are relative to a token's largest feature and to an output's largest weight. The weights of
+            "float16" are then fixed-point numbers of 16 bits.
 
     Raises:
         TypeError: `encoder` is none. ValueError: an unknown dtype.
