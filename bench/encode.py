@@ -8,7 +8,8 @@ What is missing of the peers is left out and said so. Each peer runs in its best
 streams are tried once and kept in ENVIRONMENTS/settings.json. Parity comes first: the first round's embeddings are
 compared with sentence-transformers' before any of its times counts. Contenders take turns. sentence-transformers runs
 twice, as it comes and with MKL told that it is on an Intel processor (a preloaded `mkl_serv_intel_cpu_true`). Writes
-bench/results/encode.json, or encode_amx.json on a processor with AMX, and the page and the picture made of it.
+bench/results/encode.json, encode_amx.json on a processor with AMX, or encode_avx2.json on one without AVX-512, and the
+page and the picture made of it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from bench.resources import minilm_folder, processor
 HERE = Path(__file__).parent
 TEXTS, THREADS, ROUNDS = 2_000, 2, 3
 DTYPES = ("float32", "float16", "bfloat16", "int8")
-BUDGET = 300
+BUDGET = 900
 """Seconds after which no further round begins."""
 LENGTHS = (8, 16, 32, 64, 128, 256)
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096)

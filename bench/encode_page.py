@@ -1,4 +1,4 @@
-"""The pages, the pictures and README's part about `encode`, from bench/results/encode.json and encode_amx.json."""
+"""The pages, the pictures and README's part about `encode`, from bench/results/encode*.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from bench.report import table
 from bench.resources import place
 
 RESULTS = Path(__file__).parent / "results"
-RESULT, RESULT_WITH_AMX, MILLION = (RESULTS / f"{name}.json" for name in ("encode", "encode_amx", "encode_million"))
+RESULT, MILLION = RESULTS / "encode.json", RESULTS / "encode_million.json"
+OTHERS = {" with AMX": RESULTS / "encode_amx.json", " without AVX-512": RESULTS / "encode_avx2.json"}
+"""Results on other processors, by what the processor's name ends with: what is fast on them is not elsewhere."""
 PRECISIONS = ("float32", "bfloat16", "int8")
 AIMS = {"float32": 4.0, "bfloat16": 7.5, "int8": 12.0}
 """Times sentence-transformers as it comes."""
@@ -21,8 +23,8 @@ Result = dict[str, Any]
 
 
 def result_file(processor: str) -> Path:
-    """Where results are kept. Processors with AMX have a file of their own: what is fast on them is not elsewhere."""
-    return RESULT_WITH_AMX if processor.endswith("with AMX") else RESULT
+    """Where results are kept."""
+    return next((path for end, path in OTHERS.items() if processor.endswith(end)), RESULT)
 
 
 def ours(precision: str) -> str:
@@ -266,12 +268,12 @@ def readme() -> str:
         f"{_intel(result)} {_verdict(result)} Sweeps over length and batch, settings, and what was aimed at: "
         "[bench/results/encode.md](bench/results/encode.md). `python -m bench.encode --data DATA --peers FOLDER`",
     ]
-    if RESULT_WITH_AMX.is_file():
-        result = json.loads(RESULT_WITH_AMX.read_text())
+    for path in filter(Path.is_file, OTHERS.values()):
+        result = json.loads(path.read_text())
         rates = ", ".join(f"{result['texts'] / result['seconds'][ours(name)]:,.0f} at {name}" for name in PRECISIONS)
         parts.append(
             f"On {place(result)}, texts per second: {rates}. {_verdict(result)} "
-            "All of it: [bench/results/encode_amx.md](bench/results/encode_amx.md)"
+            f"All of it: [bench/results/{path.stem}.md](bench/results/{path.stem}.md)"
         )
     return "\n\n".join(parts)
 
@@ -331,8 +333,7 @@ def plot(result: Result, path: Path) -> None:
 
 def write() -> None:
     """Write the pages and the pictures anew."""
-    for path in (RESULT, RESULT_WITH_AMX):
-        if path.is_file():
-            result = json.loads(path.read_text())
-            path.with_suffix(".md").write_text(page(result))
-            plot(result, path.with_suffix(".svg"))
+    for path in filter(Path.is_file, (RESULT, *OTHERS.values())):
+        result = json.loads(path.read_text())
+        path.with_suffix(".md").write_text(page(result))
+        plot(result, path.with_suffix(".svg"))

@@ -17,11 +17,12 @@ def minilm_folder() -> Path:
 
 
 def processor() -> str:
-    """What the system calls the processor, and whether it has AMX, which decides what is fast on it."""
+    """What the system calls the processor, and if it has AMX or lacks AVX-512: that decides what is fast."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "an unknown processor")
-    amx = any(line.startswith("flags") and "amx_tile" in line for line in lines)
-    return f"{name.replace('(R)', '')} with AMX" if amx else name
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    form = "" if "avx512f" in flags else " without AVX-512"
+    return name.replace("(R)", "") + (" with AMX" if "amx_tile" in flags else form)
 
 
 def place(result: Mapping[str, Any]) -> str:

@@ -47,15 +47,17 @@ int64_t cache_bytes() {
 }
 
 // Rows of a block, for which half of the second-level cache is kept: for the widest activations, or, with tiles, which
-// wait for memory sooner, for all of the feed-forward layers': sums, their operand, hidden activations and, where rows are
-// scaled, their operand.
+// wait for memory sooner, for all of the feed-forward layers': sums, their operand, hidden activations and, where rows
+// are scaled, their operand. Short vectors have more time for activations, and gain by fetching weights less often: they
+// get half of the cache for every byte of a weight.
 template <class P>
 int64_t most_block_rows(const Sizes& sizes) {
   constexpr int64_t kActivation = sizeof(typename P::Activation), kOperand = P::kSliced ? kSlices : 4 / P::kStep;
   const int64_t columns = std::min(sizes.padded_intermediate(), kFeedColumns<P>), hidden = sizes.padded_hidden();
   int64_t row_bytes = columns * kActivation;
   if (P::kTiled) row_bytes += (4 + kOperand) * hidden + (P::kScaled ? columns * kOperand : 0);
-  return std::max<int64_t>(cache_bytes() / 2 / row_bytes / kGroupRows<P>, 1) * kGroupRows<P>;
+  const int64_t halves = kWidth == 16 ? 1 : sizeof(typename P::Weight) / P::kStep;
+  return std::max<int64_t>(halves * cache_bytes() / 2 / row_bytes / kGroupRows<P>, 1) * kGroupRows<P>;
 }
 
 template <class P>
@@ -63,7 +65,7 @@ void run_alone(const Model& model, const Batch& batch, const Output& output, int
   const Sizes& sizes = model.sizes;
   const int64_t rows = batch.cu_seqlens[last] - batch.cu_seqlens[first], intermediate = sizes.padded_intermediate();
   const int64_t even = ceil_div(rows, std::max<int64_t>(ceil_div(rows, most_block_rows<P>(sizes)), 1));
-  const int64_t block_rows = P::kTiled ? round_up(even, kGroupRows<P>) : even;
+  const int64_t block_rows = round_up(even, kGroupRows<P>);
   const int64_t feed_columns = std::min(intermediate, kFeedColumns<P>);
   Pass<P> pass(model, batch, workspace, first, last, block_rows, feed_columns);
   auto for_blocks = [&](auto&& f) {
@@ -229,7 +231,7 @@ Tensor encoder_dense(const Tensor& x, const Tensor& weight, const std::optional<
   pack_dense<FloatPrecision>(dense, source);
   Tensor out = empty({rows, outputs}, ScalarType::Float);
   float* result = data<float>(out);
-  const Operand operand{static_cast<const float*>(x.const_data_ptr()), inputs, 0, nullptr, nullptr};
+  const Operand operand{static_cast<const float*>(x.const_data_ptr()), inputs, 0};
   constexpr int64_t kRows = 8 * kTileRows;
   parallel(ceil_div(rows, kRows), rows * inputs * outputs / 64, [&](int64_t block) {
     const int64_t row = block * kRows;

@@ -94,7 +94,7 @@ Dense lay_out_dense(Pieces& pieces, int64_t inputs, int64_t outputs) {
   dense.panels = pieces.take<typename P::Weight>(dense.panel_steps * outputs);
   dense.bias = pieces.take<float>(outputs);
   if constexpr (P::kScaled) dense.scales = pieces.take<float>(outputs);
-  if constexpr (P::kQuantised) dense.column_sums = pieces.take<float>(outputs);
+  if constexpr (P::kQuantised) dense.offsets = pieces.take<float>(outputs);
   return dense;
 }
 
@@ -188,12 +188,14 @@ void pack_dense(const Dense& dense, const DenseSource& source) {
         for (int64_t step = 0; step < steps; ++step, out += kColumns) {
           typename P::Number numbers[P::kStep];
           for (int i = 0; i < P::kStep; ++i) {
-            sum += numbers[i] = static_cast<typename P::Number>(channel.integer(step * P::kStep + i));
+            const int64_t integer = channel.integer(step * P::kStep + i);
+            numbers[i] = static_cast<typename P::Number>(integer + P::kWeightOffset);
+            sum += integer;
           }
           std::memcpy(out, numbers, sizeof numbers);
         }
         const_cast<float*>(dense.scales)[n] = channel.scale;
-        const_cast<float*>(dense.column_sums)[n] = static_cast<float>(sum);
+        const_cast<float*>(dense.offsets)[n] = static_cast<float>(P::kNarrowSums ? P::kWeightOffset : sum);
 #if defined(TRITON_ST_AMX)
       } else if constexpr (P::kSliced) {
         constexpr int kCount = P::kWeightSlices;

@@ -129,6 +129,7 @@ struct Batch {
 // Memory that a pass works in; kept from call to call.
 struct Workspace {
   Buffer x, x_lanes, qkv, context, context_lanes, hidden, hidden_lanes, row_scales, pooled;
+  Buffer x_excess, context_excess, hidden_excess;
 };
 
 inline thread_local Buffer spread_rows;
@@ -166,7 +167,7 @@ class Pass {
     if constexpr (P::kScaled || !kFloatLanes) {
       x_operand_ = own_lanes(workspace.x_lanes, rows + spare, hidden_);
     } else {
-      x_operand_ = {x_, x_stride_, 0, nullptr, nullptr};
+      x_operand_ = {x_, x_stride_, 0};
     }
     if constexpr (P::kScaled) {
       context_operand_ = own_lanes(workspace.context_lanes, rows + spare, context_);
@@ -174,13 +175,20 @@ class Pass {
       const int64_t groups = ceil_div(hidden_columns, kFeedColumns<P>);
       float* scales = workspace.row_scales.reserve(4 * rows + 2 * groups * hidden_rows);
       auto take = [&](int64_t count) { return std::exchange(scales, scales + count); };
-      auto take_both = [&](Operand& operand, int64_t count) { operand.scales = take(count), operand.zeros = take(count); };
-      take_both(x_operand_, rows);
-      take_both(context_operand_, rows);
-      take_both(hidden_operand_, groups * hidden_rows);
+      auto complete = [&](Operand& operand, int64_t groups_of_rows, Buffer& excess) {
+        operand.scales = take(groups_of_rows), operand.shifts = take(groups_of_rows);
+        if constexpr (P::kNarrowSums) {
+          operand.excess_stride = excess_of(operand.slice_stride);
+          const int64_t parts = groups_of_rows * operand.excess_stride;
+          operand.excess = reinterpret_cast<Excess*>(excess.reserve(parts * sizeof(Excess) / sizeof(float)));
+        }
+      };
+      complete(x_operand_, rows, workspace.x_excess);
+      complete(context_operand_, rows, workspace.context_excess);
+      complete(hidden_operand_, groups * hidden_rows, workspace.hidden_excess);
     } else {
-      context_operand_ = {reinterpret_cast<const float*>(attended_), context_stride_ / P::kStep, 0, nullptr, nullptr};
-      hidden_operand_ = {reinterpret_cast<const float*>(fed_), fed_stride_ / P::kStep, 0, nullptr, nullptr};
+      context_operand_ = {reinterpret_cast<const float*>(attended_), context_stride_ / P::kStep, 0};
+      hidden_operand_ = {reinterpret_cast<const float*>(fed_), fed_stride_ / P::kStep, 0};
     }
   }
 
@@ -306,7 +314,7 @@ class Pass {
 
   static Operand own_lanes(Buffer& buffer, int64_t rows, int64_t inputs) {
     const int64_t lanes = row_lanes<P>(inputs), stride = (P::kSliced ? kSlices : 1) * lanes + 16;
-    return {buffer.reserve(rows * stride), stride, lanes, nullptr, nullptr};
+    return {buffer.reserve(rows * stride), stride, lanes};
   }
 
   // The operand of hidden activations from `column` of their memory on, a multiple of kFeedColumns.
@@ -348,9 +356,16 @@ class Pass {
     float* scale = const_cast<float*>(operand.scales) + row;
     if constexpr (P::kQuantised) {
       const Levels levels(range);
+      float* shift = const_cast<float*>(operand.shifts) + row;
+      auto* to = reinterpret_cast<Int8Precision::Level*>(out);
       *scale = levels.scale;
-      const_cast<float*>(operand.zeros)[row] = levels.zero;
-      put_levels(values, n, levels, reinterpret_cast<Int8Precision::Level*>(out));
+      if constexpr (P::kNarrowSums) {
+        Excess* excess = const_cast<Excess*>(operand.excess) + row * operand.excess_stride;
+        *shift = static_cast<float>(put_numbers(values, n, levels, to, excess));
+      } else {
+        *shift = levels.zero;
+        put_levels(values, n, levels, to);
+      }
     } else {
       *scale = put_slices(values, n, range, out, 4 * operand.slice_stride);
     }

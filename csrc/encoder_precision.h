@@ -9,20 +9,24 @@
 
 #if defined(TRITON_ST_AVX512) && defined(__AVX512VNNI__)
 #define TRITON_ST_VNNI 1
+#elif defined(TRITON_ST_AVX2)
+// Products of bytes are summed two by two in 16 bits, which they may exceed.
+#define TRITON_ST_NARROW_SUMS 1
 #endif
 
 namespace triton_st {
 
 // A precision says how a panel of weights is stored (kStep adjacent steps of the inner dimension in one Weight), in
-// which type activations lie in memory, and whether tiles multiply them (kTiled). Rows of operands may be numbers of few
-// bits with a scale (kScaled): levels with a zero point (kQuantised), or kSlices bytes each for fp32's accuracy (kSliced).
+// which type activations lie in memory, and whether tiles multiply them (kTiled). Rows of operands may be numbers of
+// few bits with a scale (kScaled): levels with a zero point (kQuantised), whose products may be summed in 16 bits at
+// first (kNarrowSums), or kSlices bytes each for fp32's accuracy (kSliced).
 
 struct FloatPrecision {
   using Weight = float;
   using Activation = float;
   using Sum = Vec;
   static constexpr int kStep = 1;
-  static constexpr bool kQuantised = false, kSliced = false, kScaled = false, kTiled = false;
+  static constexpr bool kQuantised = false, kSliced = false, kScaled = false, kTiled = false, kNarrowSums = false;
   static Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 };
 
@@ -41,7 +45,7 @@ struct SlicedPrecision {
   using Activation = float;
   using Sum = Ints;
   static constexpr int kStep = 4, kWeightSlices = kWeightSlices_;
-  static constexpr bool kQuantised = false, kSliced = true, kScaled = true, kTiled = true;
+  static constexpr bool kQuantised = false, kSliced = true, kScaled = true, kTiled = true, kNarrowSums = false;
 };
 using Float32Precision = SlicedPrecision<3>;
 using Float16Precision = SlicedPrecision<2>;
@@ -56,7 +60,7 @@ struct PairPrecision {
   using Activation = BFloat16;
   using Sum = Vec;
   static constexpr int kStep = 2;
-  static constexpr bool kQuantised = false, kSliced = false, kScaled = false, kTiled = kAmx;
+  static constexpr bool kQuantised = false, kSliced = false, kScaled = false, kTiled = kAmx, kNarrowSums = false;
   static Vec multiply_add(Vec a, Vec b, Vec c) { return triton_st::multiply_add<true>(a, b, c); }
 };
 using BFloat16Precision = PairPrecision;
@@ -66,8 +70,10 @@ using BFloat16Precision = StoredPrecision<BFloat16>;
 using CompactActivation = float;
 #endif
 
-// Activations are unsigned bytes (per row: scale and zero point), weights signed bytes (per output: scale); sums are
-// exact. Without an instruction for that, both are widened to 16 bits.
+// Activations are levels of a byte (per row: scale and zero point), weights signed bytes (per output: scale); sums are
+// exact. Levels are multiplied as they are, or, where sums are narrow, less their zero point: weights, plus 128, are
+// the unsigned bytes then, and what could exceed 16 bits is multiplied apart (encoder_narrow.h). Without an instruction
+// for either, both are widened to 16 bits.
 struct Int8Precision {
   using Weight = float;  // four bytes, or two numbers of 16 bits
   using Activation = CompactActivation;
@@ -75,12 +81,17 @@ struct Int8Precision {
 #if defined(TRITON_ST_VNNI)
   using Number = int8_t;
   using Level = uint8_t;
+#elif defined(TRITON_ST_NARROW_SUMS)
+  using Number = uint8_t;
+  using Level = int8_t;
 #else
   using Number = int16_t;
   using Level = int16_t;
 #endif
   static constexpr int kStep = 4 / sizeof(Number);
+  static constexpr int32_t kWeightOffset = std::is_same_v<Number, uint8_t> ? 128 : 0;  // of what is stored
   static constexpr bool kQuantised = true, kSliced = false, kScaled = true, kTiled = kAmx;
+  static constexpr bool kNarrowSums = kWeightOffset != 0;
   static Ints multiply_add(Vec a, Vec b, Ints c) {
 #if defined(TRITON_ST_VNNI)
     // The intrinsic makes GCC 12 spill its sums, at 40 % of the speed.
@@ -88,8 +99,9 @@ struct Int8Precision {
     return c;
 #elif defined(TRITON_ST_AVX512)
     return c + reinterpret_cast<Ints>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(TRITON_ST_AVX2)
-    return c + reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(TRITON_ST_NARROW_SUMS)
+    const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(b), reinterpret_cast<__m256i>(a));
+    return c + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #else
     const Ints x = as_ints(a), y = as_ints(b);
     return c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);

@@ -6,11 +6,15 @@
 #include <cstdint>
 #include <utility>
 
+#include "encoder_narrow.h"
 #include "encoder_precision.h"
 
 namespace triton_st {
 
 // --- the register tile ---
+
+// Bytes ahead of a panel's step that are asked for. With AVX-512's cores that gains nothing.
+inline constexpr int64_t kAhead = kWidth < 16 ? 4096 : 0;
 
 // sums[kRows][2] = a[kRows, steps] · b[steps, kVecs · kWidth]. Lane (row, step) of a is at row · a_stride + step, or,
 // kDepthMajor, at step · a_stride + row; step s of b begins at s · b_stride.
@@ -31,6 +35,7 @@ void multiply(const float* a, int64_t a_stride, const typename P::Weight* b, int
     Vec w[kVecs];
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) w[v] = load(b + v * kWidth);
+    if constexpr (!kDepthMajor && kAhead > 0) __builtin_prefetch(reinterpret_cast<const char*>(b) + kAhead);
     b += b_stride;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -65,20 +70,23 @@ Multiply<P> multiply_of(int64_t rows) {
 // y = x · Wᵀ + bias, W packed into panels of kPanel outputs; sizes are padded ones.
 struct Dense {
   const void* panels;
-  const float* bias;         // or null: zeros
-  const float* scales;       // of each output, of weights of few bits
-  const float* column_sums;  // int8: of each output's weights, in steps of its scale
+  const float* bias;     // or null: zeros
+  const float* scales;   // of each output, of weights of few bits
+  const float* offsets;  // int8: of each output, see Operand
   int64_t inputs, outputs;
   int64_t panel_steps;  // from panel to panel
 };
 
-// Left operand of a product: lanes of 32 bits, slice_stride from slice to slice of a row; each row's scale and, of levels,
-// its zero point.
+// Left operand of a product: lanes of 32 bits, slice_stride from slice to slice of a row; each row's scale and, of
+// levels, its shift. As many times an output's offset are too much in the sums: the zero point times the sum of the
+// weights, or, where sums are narrow, the sum of the row times what the weights are stored with.
 struct Operand {
   const float* lanes;
   int64_t stride, slice_stride;
-  const float* scales;
-  const float* zeros;
+  const float* scales = nullptr;
+  const float* shifts = nullptr;
+  const Excess* excess = nullptr;  // where sums are narrow, excess_stride from row to row
+  int64_t excess_stride = 0;
 };
 
 // Turns the sums of a panel's outputs into values: with the bias and the scales.
@@ -89,7 +97,7 @@ class Values {
     for (int v = 0; v < kPanelVectors<P>; ++v) {
       bias_[v] = dense.bias ? load(dense.bias + column + v * kWidth) : Vec{};
       if constexpr (P::kScaled) scales_[v] = load(dense.scales + column + v * kWidth);
-      if constexpr (P::kQuantised) column_sums_[v] = load(dense.column_sums + column + v * kWidth);
+      if constexpr (P::kQuantised) offsets_[v] = load(dense.offsets + column + v * kWidth);
     }
   }
   // Of vector v of operand row `row`, whose sums stand at `sums`.
@@ -97,7 +105,7 @@ class Values {
     if constexpr (P::kScaled) {
       Vec whole;
       if constexpr (P::kQuantised) {
-        whole = fma(splat(-x_.zeros[row]), column_sums_[v], __builtin_convertvector(sums[v], Vec));
+        whole = fma(splat(-x_.shifts[row]), offsets_[v], __builtin_convertvector(sums[v], Vec));
       } else {
         whole = sum_of_orders(sums);
       }
@@ -118,8 +126,18 @@ class Values {
   }
 
   Operand x_;
-  Vec bias_[2], scales_[2], column_sums_[2];
+  Vec bias_[2], scales_[2], offsets_[2];
 };
+
+// What lies beside the rows of a block; nothing where sums are wide.
+template <class P>
+auto excess_of_block(const Operand& x, int64_t row, int64_t rows) {
+  if constexpr (P::kNarrowSums) {
+    return BlockExcess(x.excess + row * x.excess_stride, x.excess_stride, rows);
+  } else {
+    return nullptr;
+  }
+}
 
 // consume(row, column, values...): vectors of the values of a panel's outputs, from `column` on, for each of `rows` rows
 // from `row` on and each of `panels` panels from `panel` on.
@@ -130,12 +148,15 @@ void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& den
 {
   const int64_t steps = panel_steps<P>(dense.inputs);
   alignas(64) typename P::Sum sums[2 * kTileRows];
+  [[maybe_unused]] const auto excess = excess_of_block<P>(x, row, rows);
   for (int64_t p = panel; p < panel + panels; ++p) {
     const auto* weights = static_cast<const typename P::Weight*>(dense.panels) + p * dense.panel_steps * kPanel;
     const Values<P> values(dense, x, p * kPanel);
+    int64_t number = 0;
     for_row_groups(rows, [&](int64_t group, int64_t count) {
       const int64_t first = row + group;
       multiply_of<P, false, 2>(count)(x.lanes + first * x.stride, x.stride, weights, kPanel, steps, sums);
+      if constexpr (P::kNarrowSums) excess.template add<P>(number++, weights, sums);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = first + r;
         consume(at, p * kPanel, values(sums + 2 * r, 0, at), values(sums + 2 * r, 1, at));

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "encoder_narrow.h"
 #include "encoder_precision.h"
 
 namespace triton_st {
@@ -104,6 +105,43 @@ inline void put_levels(const float* x, int64_t n, const Levels& levels, Int8Prec
     level = level > 255 ? Ints{} + 255 : level;
     for (int lane = 0; lane < kWidth; ++lane) out[i + lane] = static_cast<Int8Precision::Level>(level[lane]);
   }
+}
+
+#endif
+
+#if defined(TRITON_ST_NARROW_SUMS)
+
+// The n values at x (a multiple of kPanel) as levels less their zero point. Gives the sum of those.
+inline int32_t put_numbers(const float* x, int64_t n, const Levels& levels, int8_t* out, Excess* row) {
+  const Vec inverse = splat(levels.inverse);
+  const auto zero = static_cast<int16_t>(levels.zero), most = static_cast<int16_t>(255 - zero);
+  const __m256i ones = _mm256_set1_epi16(1);
+  const Ints up = splat_ints(127), down = splat_ints(128);
+  Ints total{};
+  row->lane = 0;
+  for (int64_t i = 0; i < n; i += kPanel) {
+    auto integers = [&](int64_t at) { return _mm256_cvtps_epi32(load(x + at) * inverse); };
+    const __m256i mixed = _mm256_packs_epi32(integers(i), integers(i + kWidth));
+    __m256i numbers = _mm256_permute4x64_epi64(mixed, 0b11011000);
+    numbers = _mm256_max_epi16(numbers, _mm256_set1_epi16(static_cast<int16_t>(-zero)));
+    numbers = _mm256_min_epi16(numbers, _mm256_set1_epi16(most));
+    const __m128i low = _mm256_castsi256_si128(numbers), high = _mm256_extracti128_si256(numbers, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_packs_epi16(low, high));
+    auto pairs = [&](__m256i of) { return reinterpret_cast<Ints>(_mm256_madd_epi16(of, ones)); };
+    const Ints sum = pairs(numbers), positive = pairs(_mm256_max_epi16(numbers, _mm256_setzero_si256()));
+    total += sum;
+    const Ints beyond = (positive > up) | (positive - sum > down);
+    if (uint32_t wide = _mm256_movemask_ps(reinterpret_cast<__m256>(beyond))) {
+      alignas(32) int16_t each[kPanel];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(each), numbers);
+      for (int64_t at = 0; at < kPanel; at += 4, wide >>= 2) {
+        if (wide & 3) split_lane(each + at, static_cast<int32_t>(i + at) / 4, out + i + at, row);
+      }
+    }
+  }
+  int32_t sum = 0;
+  for (int lane = 0; lane < kWidth; ++lane) sum += total[lane];
+  return sum;
 }
 
 #endif

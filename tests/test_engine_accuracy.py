@@ -1,4 +1,4 @@
-"""The CPU inference engine's float32 against float64, where features or weights are far larger than the others."""
+"""The CPU engine's float32 against float64 and its int8 against float32, where numbers get as large as they can."""
 
 from __future__ import annotations
 
@@ -84,3 +84,34 @@ def test_float32_obeys_the_tolerance_rule_with_trained_weights(minilm_folder: Pa
     model = SentenceTransformer(str(minilm_folder), device="cpu")
     texts = ["", "a", "Nobody had told the lighthouse keeper that the ferry was late.", "Seven geese, two foxes."]
     assert_as_accurate_as_pytorch(model.encoder, pack(model.tokenizer(texts)["input_ids"]))
+
+
+def states_of_one_size(encoder: BertModel) -> None:
+    """All features of what the feed-forward layers are fed are 1 or -1."""
+    layer = encoder.encoder.layer[0]
+    encoder.embeddings.word_embeddings.weight.sign_()
+    for ignored in (encoder.embeddings.position_embeddings, encoder.embeddings.token_type_embeddings):
+        ignored.weight.zero_()
+    layer.attention.output.dense.weight.zero_()
+    for norm in (encoder.embeddings.LayerNorm, layer.attention.output.LayerNorm):
+        norm.weight.fill_(1)
+        norm.bias.zero_()
+    layer.attention.output.dense.bias.zero_()
+
+
+def hidden_activations_of_one_size(encoder: BertModel) -> None:
+    """All hidden activations are 20 or 0."""
+    up = encoder.encoder.layer[0].intermediate.dense
+    up.weight.zero_()
+    up.bias.sign_().mul_(20)
+
+
+@pytest.mark.parametrize("change", [states_of_one_size, hidden_activations_of_one_size], ids=lambda c: c.__name__)
+def test_sums_of_int8_hold_what_is_as_large_as_it_gets(change: Callable[[BertModel], None]) -> None:
+    encoder = bert(hidden_size=192, num_attention_heads=6, intermediate_size=800, num_hidden_layers=1)
+    with torch.no_grad():
+        change(encoder)
+    batch = random_batch()
+    states = Engine(encoder, "int8").states(batch["input_ids"], batch["cu_seqlens"])
+    cosine = torch.cosine_similarity(states, hidden_states(encoder, batch))
+    assert cosine.min() > 0.9998, cosine.min()
