@@ -21,7 +21,7 @@ def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "an unknown processor")
     flags = next((line for line in lines if line.startswith("flags")), "")
-    form = "" if "avx512f" in flags else " without AVX-512"
+    form = " without AVX-512" if "avx2" in flags and "avx512f" not in flags else ""
     return name.replace("(R)", "") + (" with AMX" if "amx_tile" in flags else form)
 
 

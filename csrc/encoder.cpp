@@ -24,7 +24,7 @@ constexpr int64_t kRunTokens = 384;
 constexpr int64_t kLeastRunTokens = 64;
 constexpr int64_t kSharedTokensPerThread = 64;
 constexpr int64_t kSharedTokens = 2048;  // of long sequences: what all their activations take in memory stays allocated
-constexpr int64_t kUnitRows = 16, kUnitColumns = 2 * kPanel;  // what a thread takes of a shared stage
+constexpr int64_t kUnitRows = 16, kUnitColumns = 64;  // what a thread takes of a shared stage
 
 template <class P>
 void finish_sequence(const Pass<P>& pass, const Batch& batch, const Output& output, int64_t hidden, int64_t s) {
@@ -48,8 +48,8 @@ int64_t cache_bytes() {
 
 // Rows of a block, for which half of the second-level cache is kept: for the widest activations, or, with tiles, which
 // wait for memory sooner, for all of the feed-forward layers': sums, their operand, hidden activations and, where rows
-// are scaled, their operand. Short vectors have more time for activations, and gain by fetching weights less often: they
-// get half of the cache for every byte of a weight.
+// are scaled, their operand. Where vectors are short it is as many halves as a weight has bytes: they have time to fetch
+// activations from behind that cache, and gain more by fetching weights less often.
 template <class P>
 int64_t most_block_rows(const Sizes& sizes) {
   constexpr int64_t kActivation = sizeof(typename P::Activation), kOperand = P::kSliced ? kSlices : 4 / P::kStep;

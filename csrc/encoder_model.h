@@ -1,6 +1,7 @@
 // The weights of a BERT encoder, packed once into one piece of memory: its sizes, then every layer's panels.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -271,7 +272,9 @@ inline std::vector<int64_t> head_features(const Sizes& sizes) {
 template <class P>
 Tensor pack(const Sizes& wanted, const std::vector<Tensor>& weights) {
   if constexpr (P::kScaled) {
-    constexpr int64_t kMost = 32768;  // inputs whose products an integer can sum: up to three products of bytes for each
+    // Inputs whose products an integer can sum: three of signed bytes for each, or one of unsigned ones.
+    constexpr int64_t kMost = 32768;
+    static_assert(kMost * std::max(3 * 128 * 128, 255 * 255) <= std::numeric_limits<int32_t>::max());
     STD_TORCH_CHECK(std::max(wanted.hidden, P::kQuantised ? wanted.intermediate : 0) <= kMost,
                     "encoder_pack: more than ", kMost, " inputs of a layer");
   }

@@ -1,7 +1,7 @@
-// Products of levels on processors that sum products of bytes two by two in 16 bits. Weights u are at most 255, so a
-// pair of numbers a whose positive part sums to at most 128, and so its negative one, stays within: |u₀a₀ + u₁a₁| ≤ 255
-// · 128. A lane with a pair that does not is split into several that do: the first lies in its place, the others beside
-// the row, and are multiplied apart. Few are, of a row of hidden states three in a hundred. Sums are exact whatever a
+// Products of levels on processors that sum products of bytes two by two in 16 bits. Weights u are at most 255, so a pair
+// of numbers a whose positive part sums to at most 128, and so its negative one, stays within: |u₀a₀ + u₁a₁| ≤ 255 · 128.
+// A lane with a pair that does not is split into several that do: the first lies in its place, the others beside the
+// row, and are multiplied apart. Few are, of a row of hidden states three in a hundred. Integer sums are exact whatever a
 // row holds.
 #pragma once
 
@@ -15,17 +15,15 @@
 
 namespace triton_st {
 
-// A part of a row's lane that is multiplied apart; or, first of a row, how many of them follow, in place of the lane.
+// A part of a row's lane that is multiplied apart.
 struct Excess {
   int32_t lane;
   float bytes;
 };
+using RowExcess = std::vector<Excess>;
 
-// The most that a row of so many lanes needs: numbers are up to 255, pairs of them up to 510 = 4 · 128 − 2.
-constexpr int64_t excess_of(int64_t lanes) { return 1 + 3 * lanes; }
-
-// Splits four numbers: one part goes to `bytes`, the others to the row's excess.
-inline void split_lane(const int16_t* numbers, int32_t lane, int8_t* bytes, Excess* row) {
+// Splits four numbers of up to ±255: one part goes to `bytes`, the others to the row's excess.
+inline void split_lane(const int16_t* numbers, int32_t lane, int8_t* bytes, RowExcess& excess) {
   int32_t rest[4];
   std::copy_n(numbers, 4, rest);
   auto take_part = [&](int8_t* part) {
@@ -45,24 +43,22 @@ inline void split_lane(const int16_t* numbers, int32_t lane, int8_t* bytes, Exce
   for (bool left = take_part(bytes); left;) {
     int8_t part[4];
     left = take_part(part);
-    Excess& excess = row[++row->lane];
-    excess.lane = lane;
-    std::memcpy(&excess.bytes, part, sizeof part);
+    Excess& next = excess.emplace_back();
+    next.lane = lane;
+    std::memcpy(&next.bytes, part, sizeof part);
   }
 }
 
 // The excess of a block of rows, group by group of those that are multiplied at a time.
 class BlockExcess {
  public:
-  // Of the rows from `first` on, `stride` from each other.
-  BlockExcess(const Excess* first, int64_t stride, int64_t rows) {
+  BlockExcess(const RowExcess* first, int64_t rows) {
     static thread_local Memory memory;  // kept: a thread works on one block at a time
     memory.parts.clear();
     memory.ends.assign(1, 0);
     for_row_groups(rows, [&](int64_t group, int64_t count) {
       for (int64_t r = 0; r < count; ++r) {
-        const Excess* row = first + (group + r) * stride;
-        for (int32_t i = 1; i <= row->lane; ++i) memory.parts.push_back({static_cast<int32_t>(r), row[i]});
+        for (const Excess& excess : first[group + r]) memory.parts.push_back({static_cast<int32_t>(r), excess});
       }
       memory.ends.push_back(memory.parts.size());
     });
@@ -76,7 +72,8 @@ class BlockExcess {
     for (const Part* part = parts_ + ends_[group]; part < parts_ + ends_[group + 1]; ++part) {
       const typename P::Weight* step = panel + part->excess.lane * kPanel;
       typename P::Sum* to = sums + 2 * part->row;
-      for (int v = 0; v < 2; ++v) to[v] = P::multiply_add(splat(part->excess.bytes), load(step + v * kWidth), to[v]);
+      const Vec bytes = broadcast(&part->excess.bytes);
+      for (int v = 0; v < 2; ++v) to[v] = P::multiply_add(bytes, load(step + v * kWidth), to[v]);
     }
   }
 

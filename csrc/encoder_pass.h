@@ -129,7 +129,7 @@ struct Batch {
 // Memory that a pass works in; kept from call to call.
 struct Workspace {
   Buffer x, x_lanes, qkv, context, context_lanes, hidden, hidden_lanes, row_scales, pooled;
-  Buffer x_excess, context_excess, hidden_excess;
+  std::vector<RowExcess> x_excess, context_excess, hidden_excess;
 };
 
 inline thread_local Buffer spread_rows;
@@ -175,12 +175,11 @@ class Pass {
       const int64_t groups = ceil_div(hidden_columns, kFeedColumns<P>);
       float* scales = workspace.row_scales.reserve(4 * rows + 2 * groups * hidden_rows);
       auto take = [&](int64_t count) { return std::exchange(scales, scales + count); };
-      auto complete = [&](Operand& operand, int64_t groups_of_rows, Buffer& excess) {
-        operand.scales = take(groups_of_rows), operand.shifts = take(groups_of_rows);
+      auto complete = [&](Operand& operand, int64_t count, std::vector<RowExcess>& excess) {
+        operand.scales = take(count), operand.shifts = take(count);
         if constexpr (P::kNarrowSums) {
-          operand.excess_stride = excess_of(operand.slice_stride);
-          const int64_t parts = groups_of_rows * operand.excess_stride;
-          operand.excess = reinterpret_cast<Excess*>(excess.reserve(parts * sizeof(Excess) / sizeof(float)));
+          if (static_cast<int64_t>(excess.size()) < count) excess.resize(count);
+          operand.excess = excess.data();
         }
       };
       complete(x_operand_, rows, workspace.x_excess);
@@ -360,8 +359,7 @@ class Pass {
       auto* to = reinterpret_cast<Int8Precision::Level*>(out);
       *scale = levels.scale;
       if constexpr (P::kNarrowSums) {
-        Excess* excess = const_cast<Excess*>(operand.excess) + row * operand.excess_stride;
-        *shift = static_cast<float>(put_numbers(values, n, levels, to, excess));
+        *shift = static_cast<float>(put_numbers(values, n, levels, to, operand.excess[row]));
       } else {
         *shift = levels.zero;
         put_levels(values, n, levels, to);

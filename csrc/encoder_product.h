@@ -13,12 +13,10 @@ namespace triton_st {
 
 // --- the register tile ---
 
-// Bytes ahead of a panel's step that are asked for. With AVX-512's cores that gains nothing.
-inline constexpr int64_t kAhead = kWidth < 16 ? 4096 : 0;
-
 // sums[kRows][2] = a[kRows, steps] · b[steps, kVecs · kWidth]. Lane (row, step) of a is at row · a_stride + step, or,
-// kDepthMajor, at step · a_stride + row; step s of b begins at s · b_stride.
-template <class P, bool kDepthMajor, int kVecs, int kRows>
+// kDepthMajor, at step · a_stride + row; step s of b begins at s · b_stride. With every step what lies kAhead bytes from
+// it is asked for.
+template <class P, bool kDepthMajor, int kVecs, int64_t kAhead, int kRows>
 void multiply(const float* a, int64_t a_stride, const typename P::Weight* b, int64_t b_stride, int64_t steps,
               typename P::Sum* sums) {
   typename P::Sum acc[kRows][kVecs];
@@ -35,7 +33,7 @@ void multiply(const float* a, int64_t a_stride, const typename P::Weight* b, int
     Vec w[kVecs];
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) w[v] = load(b + v * kWidth);
-    if constexpr (!kDepthMajor && kAhead > 0) __builtin_prefetch(reinterpret_cast<const char*>(b) + kAhead);
+    if constexpr (kAhead > 0) __builtin_prefetch(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(b) + kAhead));
     b += b_stride;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -57,10 +55,10 @@ template <class P>
 using Multiply = void (*)(const float*, int64_t, const typename P::Weight*, int64_t, int64_t, typename P::Sum*);
 
 // The tile of `rows` ≤ kTileRows rows.
-template <class P, bool kDepthMajor, int kVecs>
+template <class P, bool kDepthMajor, int kVecs, int64_t kAhead = 0>
 Multiply<P> multiply_of(int64_t rows) {
   static constexpr auto table = []<int... kRows>(std::integer_sequence<int, kRows...>) {
-    return std::array<Multiply<P>, kTileRows>{&multiply<P, kDepthMajor, kVecs, kRows + 1>...};
+    return std::array<Multiply<P>, kTileRows>{&multiply<P, kDepthMajor, kVecs, kAhead, kRows + 1>...};
   }(std::make_integer_sequence<int, kTileRows>());
   return table[rows - 1];
 }
@@ -85,8 +83,7 @@ struct Operand {
   int64_t stride, slice_stride;
   const float* scales = nullptr;
   const float* shifts = nullptr;
-  const Excess* excess = nullptr;  // where sums are narrow, excess_stride from row to row
-  int64_t excess_stride = 0;
+  RowExcess* excess = nullptr;  // of each row, where sums are narrow
 };
 
 // Turns the sums of a panel's outputs into values: with the bias and the scales.
@@ -133,11 +130,14 @@ class Values {
 template <class P>
 auto excess_of_block(const Operand& x, int64_t row, int64_t rows) {
   if constexpr (P::kNarrowSums) {
-    return BlockExcess(x.excess + row * x.excess_stride, x.excess_stride, rows);
+    return BlockExcess(x.excess + row, rows);
   } else {
     return nullptr;
   }
 }
+
+// How far ahead panels are asked for, one after the other as they lie. AVX-512's cores gain nothing by it.
+inline constexpr int64_t kPanelsAhead = kWidth < 16 ? 4096 : 0;
 
 // consume(row, column, values...): vectors of the values of a panel's outputs, from `column` on, for each of `rows` rows
 // from `row` on and each of `panels` panels from `panel` on.
@@ -152,11 +152,11 @@ void dense_product(const Operand& x, int64_t row, int64_t rows, const Dense& den
   for (int64_t p = panel; p < panel + panels; ++p) {
     const auto* weights = static_cast<const typename P::Weight*>(dense.panels) + p * dense.panel_steps * kPanel;
     const Values<P> values(dense, x, p * kPanel);
-    int64_t number = 0;
+    int64_t group_index = 0;
     for_row_groups(rows, [&](int64_t group, int64_t count) {
       const int64_t first = row + group;
-      multiply_of<P, false, 2>(count)(x.lanes + first * x.stride, x.stride, weights, kPanel, steps, sums);
-      if constexpr (P::kNarrowSums) excess.template add<P>(number++, weights, sums);
+      multiply_of<P, false, 2, kPanelsAhead>(count)(x.lanes + first * x.stride, x.stride, weights, kPanel, steps, sums);
+      if constexpr (P::kNarrowSums) excess.template add<P>(group_index++, weights, sums);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = first + r;
         consume(at, p * kPanel, values(sums + 2 * r, 0, at), values(sums + 2 * r, 1, at));

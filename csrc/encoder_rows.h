@@ -112,13 +112,13 @@ inline void put_levels(const float* x, int64_t n, const Levels& levels, Int8Prec
 #if defined(TRITON_ST_NARROW_SUMS)
 
 // The n values at x (a multiple of kPanel) as levels less their zero point. Gives the sum of those.
-inline int32_t put_numbers(const float* x, int64_t n, const Levels& levels, int8_t* out, Excess* row) {
+inline int32_t put_numbers(const float* x, int64_t n, const Levels& levels, int8_t* out, RowExcess& excess) {
   const Vec inverse = splat(levels.inverse);
   const auto zero = static_cast<int16_t>(levels.zero), most = static_cast<int16_t>(255 - zero);
   const __m256i ones = _mm256_set1_epi16(1);
   const Ints up = splat_ints(127), down = splat_ints(128);
   Ints total{};
-  row->lane = 0;
+  excess.clear();
   for (int64_t i = 0; i < n; i += kPanel) {
     auto integers = [&](int64_t at) { return _mm256_cvtps_epi32(load(x + at) * inverse); };
     const __m256i mixed = _mm256_packs_epi32(integers(i), integers(i + kWidth));
@@ -135,7 +135,7 @@ inline int32_t put_numbers(const float* x, int64_t n, const Levels& levels, int8
       alignas(32) int16_t each[kPanel];
       _mm256_store_si256(reinterpret_cast<__m256i*>(each), numbers);
       for (int64_t at = 0; at < kPanel; at += 4, wide >>= 2) {
-        if (wide & 3) split_lane(each + at, static_cast<int32_t>(i + at) / 4, out + i + at, row);
+        if (wide & 3) split_lane(each + at, static_cast<int32_t>(i + at) / 4, out + i + at, excess);
       }
     }
   }

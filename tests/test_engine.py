@@ -459,6 +459,9 @@ for dtype in t.DTYPES:
     t.test_families("mpnet", dtype)
     t.test_a_text_s_bits_do_not_depend_on_its_batch(dtype, 50, 72)
     t.test_what_is_not_finite_is_not_hidden(dtype, float("nan"))
+import test_engine_accuracy as accuracy
+for change in accuracy.EXTREMES:
+    accuracy.test_sums_of_int8_hold_what_is_as_large_as_it_gets(change)
 """
 
 
