@@ -228,18 +228,13 @@ def operations(folder: Path, lengths: list[int]) -> float:
 
 
 def peaks() -> dict[str, float]:
-    """Operations a second of the products that a precision comes down to, measured on oneDNN's.
-
-    float16 is computed in float32, and so is bfloat16 where the processor has nothing for it; int8 counts as twice
-    bfloat16.
-    """
+    """Operations a second of oneDNN's products: float16 is computed in float32, int8 counts as twice bfloat16."""
     import torch
 
     from bench.training_limit import peak
 
     torch.set_num_threads(THREADS)
-    float32 = peak(torch.float32)
-    bfloat16 = max(float32, peak(torch.bfloat16))
+    float32, bfloat16 = peak(torch.float32), peak(torch.bfloat16)
     return dict(zip(DTYPES, (float32, float32, bfloat16, 2 * bfloat16), strict=True))
 
 

@@ -221,10 +221,10 @@ def page(result: Result) -> str:
         if each
     )
     verdicts = table(["aim", "measured", "met"], [[a, m, "yes" if met else "**no**"] for a, m, met in aims(result)])
-    cases = lost(result)
+    cases, picture = lost(result), result_file(result["processor"]).with_suffix(".svg").name
     parts = [
         "# Encoding on the CPU", _what(result), _intel(result),
-        f"![throughput and length sweep]({result_file(result['processor']).stem}.svg)",
+        f"![throughput and length sweep]({picture})" if "length_sweep" in result else "",
         main_table(result),
         f"Settings found: {settings}. int8: onnxruntime quantizes dynamically, per channel; OpenVINO's models come "
         "from NNCF, weights and activations quantized and calibrated on real texts, or (dynamic) weights alone; "
@@ -336,4 +336,5 @@ def write() -> None:
     for path in filter(Path.is_file, (RESULT, *OTHERS.values())):
         result = json.loads(path.read_text())
         path.with_suffix(".md").write_text(page(result))
-        plot(result, path.with_suffix(".svg"))
+        if "length_sweep" in result:
+            plot(result, path.with_suffix(".svg"))
