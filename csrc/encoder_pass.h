@@ -359,7 +359,7 @@ class Pass {
       auto* to = reinterpret_cast<Int8Precision::Level*>(out);
       *scale = levels.scale;
       if constexpr (P::kNarrowSums) {
-        *shift = static_cast<float>(put_numbers(values, n, levels, to, operand.excess[row]));
+        *shift = put_numbers(values, n, levels, to, operand.excess[row]);
       } else {
         *shift = levels.zero;
         put_levels(values, n, levels, to);

@@ -95,24 +95,10 @@ inline void put_levels(const float* x, int64_t n, const Levels& levels, Int8Prec
   }
 }
 
-#else
-
-inline void put_levels(const float* x, int64_t n, const Levels& levels, Int8Precision::Level* out) {
-  const Vec inverse = splat(levels.inverse), magic = splat(kMagic + levels.zero);
-  for (int64_t i = 0; i < n; i += kWidth) {
-    Ints level = as_ints(fma(load(x + i), inverse, magic)) - as_ints(splat(kMagic));
-    level = level < 0 ? Ints{} : level;
-    level = level > 255 ? Ints{} + 255 : level;
-    for (int lane = 0; lane < kWidth; ++lane) out[i + lane] = static_cast<Int8Precision::Level>(level[lane]);
-  }
-}
-
-#endif
-
-#if defined(TRITON_ST_NARROW_SUMS)
+#elif defined(TRITON_ST_NARROW_SUMS)
 
 // The n values at x (a multiple of kPanel) as levels less their zero point. Gives the sum of those.
-inline int32_t put_numbers(const float* x, int64_t n, const Levels& levels, int8_t* out, RowExcess& excess) {
+inline float put_numbers(const float* x, int64_t n, const Levels& levels, int8_t* out, RowExcess& excess) {
   const Vec inverse = splat(levels.inverse);
   const auto zero = static_cast<int16_t>(levels.zero), most = static_cast<int16_t>(255 - zero);
   const __m256i ones = _mm256_set1_epi16(1);
@@ -128,9 +114,9 @@ inline int32_t put_numbers(const float* x, int64_t n, const Levels& levels, int8
     const __m128i low = _mm256_castsi256_si128(numbers), high = _mm256_extracti128_si256(numbers, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_packs_epi16(low, high));
     auto pairs = [&](__m256i of) { return reinterpret_cast<Ints>(_mm256_madd_epi16(of, ones)); };
-    const Ints sum = pairs(numbers), positive = pairs(_mm256_max_epi16(numbers, _mm256_setzero_si256()));
-    total += sum;
-    const Ints beyond = (positive > up) | (positive - sum > down);
+    const Ints whole = pairs(numbers), positive = pairs(_mm256_max_epi16(numbers, _mm256_setzero_si256()));
+    total += whole;
+    const Ints beyond = (positive > up) | (positive - whole > down);
     if (uint32_t wide = _mm256_movemask_ps(reinterpret_cast<__m256>(beyond))) {
       alignas(32) int16_t each[kPanel];
       _mm256_store_si256(reinterpret_cast<__m256i*>(each), numbers);
@@ -139,9 +125,19 @@ inline int32_t put_numbers(const float* x, int64_t n, const Levels& levels, int8
       }
     }
   }
-  int32_t sum = 0;
-  for (int lane = 0; lane < kWidth; ++lane) sum += total[lane];
-  return sum;
+  return sum(__builtin_convertvector(total, Vec));  // below 2^24: exact
+}
+
+#else
+
+inline void put_levels(const float* x, int64_t n, const Levels& levels, Int8Precision::Level* out) {
+  const Vec inverse = splat(levels.inverse), magic = splat(kMagic + levels.zero);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    Ints level = as_ints(fma(load(x + i), inverse, magic)) - as_ints(splat(kMagic));
+    level = level < 0 ? Ints{} : level;
+    level = level > 255 ? Ints{} + 255 : level;
+    for (int lane = 0; lane < kWidth; ++lane) out[i + lane] = static_cast<Int8Precision::Level>(level[lane]);
+  }
 }
 
 #endif
