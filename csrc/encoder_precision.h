@@ -7,7 +7,7 @@
 #include "amx.h"
 #include "gemm.h"
 
-#if defined(TRITON_ST_AVX512) && defined(__AVX512VNNI__)
+#if (defined(TRITON_ST_AVX512) && defined(__AVX512VNNI__)) || (defined(TRITON_ST_AVX2) && defined(__AVXVNNI__))
 #define TRITON_ST_VNNI 1
 #elif defined(TRITON_ST_AVX2)
 // Products of bytes are summed two by two in 16 bits, which they may exceed.
@@ -93,9 +93,13 @@ struct Int8Precision {
   static constexpr bool kQuantised = true, kSliced = false, kScaled = true, kTiled = kAmx;
   static constexpr bool kNarrowSums = kWeightOffset != 0;
   static Ints multiply_add(Vec a, Vec b, Ints c) {
-#if defined(TRITON_ST_VNNI)
+#if defined(TRITON_ST_VNNI) && defined(TRITON_ST_AVX512)
     // The intrinsic makes GCC 12 spill its sums, at 40 % of the speed.
     asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+#elif defined(TRITON_ST_VNNI)
+    // The assembler would take AVX-512's form, which such a processor may lack.
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
     return c;
 #elif defined(TRITON_ST_AVX512)
     return c + reinterpret_cast<Ints>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));

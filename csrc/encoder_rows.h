@@ -95,7 +95,28 @@ inline void put_levels(const float* x, int64_t n, const Levels& levels, Int8Prec
   }
 }
 
-#elif defined(TRITON_ST_NARROW_SUMS)
+#elif defined(TRITON_ST_AVX2)
+
+// The kPanel values at x times `factor`, as the nearest integers of 16 bits.
+inline __m256i nearest_words(const float* x, Vec factor) {
+  auto integers = [&](int64_t at) { return _mm256_cvtps_epi32(load(x + at) * factor); };
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(integers(0), integers(kWidth)), 0b11011000);
+}
+
+#if defined(TRITON_ST_VNNI)
+
+// The n values at x (a multiple of kPanel) as levels.
+inline void put_levels(const float* x, int64_t n, const Levels& levels, uint8_t* out) {
+  const Vec inverse = splat(levels.inverse);
+  const __m256i zero = _mm256_set1_epi16(static_cast<int16_t>(levels.zero));
+  for (int64_t i = 0; i < n; i += kPanel) {
+    const __m256i words = _mm256_adds_epi16(nearest_words(x + i, inverse), zero);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  }
+}
+
+#else
 
 // The n values at x (a multiple of kPanel) as levels less their zero point. Gives the sum of those.
 inline float put_numbers(const float* x, int64_t n, const Levels& levels, int8_t* out, RowExcess& excess) {
@@ -106,9 +127,7 @@ inline float put_numbers(const float* x, int64_t n, const Levels& levels, int8_t
   Ints total{};
   excess.clear();
   for (int64_t i = 0; i < n; i += kPanel) {
-    auto integers = [&](int64_t at) { return _mm256_cvtps_epi32(load(x + at) * inverse); };
-    const __m256i mixed = _mm256_packs_epi32(integers(i), integers(i + kWidth));
-    __m256i numbers = _mm256_permute4x64_epi64(mixed, 0b11011000);
+    __m256i numbers = nearest_words(x + i, inverse);
     numbers = _mm256_max_epi16(numbers, _mm256_set1_epi16(static_cast<int16_t>(-zero)));
     numbers = _mm256_min_epi16(numbers, _mm256_set1_epi16(most));
     const __m128i low = _mm256_castsi256_si128(numbers), high = _mm256_extracti128_si256(numbers, 1);
@@ -127,6 +146,8 @@ inline float put_numbers(const float* x, int64_t n, const Levels& levels, int8_t
   }
   return sum(__builtin_convertvector(total, Vec));  // below 2^24: exact
 }
+
+#endif
 
 #else
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from triton_st import extension
 
-FEATURES = {"x86-64-v4": "__AVX512VL__", "x86-64-v3": "__AVX2__", "x86-64": "__SSE2__"}
+FEATURES = {
+    "x86-64-v4": "__AVX512VL__",
+    "alderlake": "__AVXVNNI__",
+    "x86-64-v3": "__AVX2__",
+    "x86-64": "__SSE2__",
+}
 """What the compiler defines for each, as g++ names them."""
 
 
