@@ -24,7 +24,8 @@ constexpr int64_t kRunTokens = 384;
 constexpr int64_t kLeastRunTokens = 64;
 constexpr int64_t kSharedTokensPerThread = 64;
 constexpr int64_t kSharedTokens = 2048;  // of long sequences: what all their activations take in memory stays allocated
-constexpr int64_t kUnitRows = 16, kUnitColumns = 64;  // what a thread takes of a shared stage
+constexpr int64_t kItemRows = 4, kItemColumns = 64;  // of a shared stage
+constexpr int64_t kUnitsPerThread = 3;               // few to draw, and the last to finish is not waited for long
 
 template <class P>
 void finish_sequence(const Pass<P>& pass, const Batch& batch, const Output& output, int64_t hidden, int64_t s) {
@@ -117,28 +118,41 @@ std::vector<int64_t> cut_runs(const Batch& batch, int64_t threads, int64_t most)
 
 // --- all threads together, stage by stage ---
 
-// Stages of units, numbered through. Threads draw the next unit; it begins when all units of earlier stages are done.
-// Whoever draws is running, so nobody ever waits for a thread that has not come.
+// Stages of items, which are cut into units and these numbered through. Threads draw the next unit; it begins when all
+// units of earlier stages are done. Whoever draws is running, so nobody ever waits for a thread that has not come.
 class Stages {
  public:
-  void add(int64_t units) { bounds_.push_back(bounds_.back() + units); }
+  explicit Stages(int64_t threads) : threads_(threads) {}
 
+  void add(int64_t items) {
+    const int64_t size = std::max<int64_t>(ceil_div(items, kUnitsPerThread * threads_), 1);
+    const int64_t begin = stages_.empty() ? 0 : stages_.back().end;
+    stages_.push_back({items, size, begin, begin + ceil_div(items, size)});
+  }
+
+  // f(stage, item, items): of a stage, so many items from the first on.
   template <class F>
   void work(F&& f) {
-    for (size_t stage = 0;;) {
+    for (size_t index = 0;;) {
       const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
-      if (unit >= bounds_.back()) return;
-      while (unit >= bounds_[stage + 1]) ++stage;
-      for (int64_t spins = 0; done_.load(std::memory_order_acquire) < bounds_[stage]; ++spins) {
+      if (unit >= stages_.back().end) return;
+      while (unit >= stages_[index].end) ++index;
+      const Stage& stage = stages_[index];
+      for (int64_t spins = 0; done_.load(std::memory_order_acquire) < stage.begin; ++spins) {
         if (spins > 5000) std::this_thread::yield();
       }
-      f(static_cast<int64_t>(stage), unit - bounds_[stage]);
+      const int64_t item = (unit - stage.begin) * stage.size;
+      f(static_cast<int64_t>(index), item, std::min(stage.size, stage.items - item));
       done_.fetch_add(1, std::memory_order_release);
     }
   }
 
  private:
-  std::vector<int64_t> bounds_{0};
+  struct Stage {
+    int64_t items, size, begin, end;  // items of a unit; units
+  };
+  std::vector<Stage> stages_;
+  int64_t threads_;
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int64_t> done_{0};
 };
@@ -148,30 +162,36 @@ void run_together(const Model& model, const Batch& batch, const Output& output, 
   const Sizes& sizes = model.sizes;
   const int64_t rows = batch.cu_seqlens[batch.sequences];
   Pass<P> pass(model, batch, workspace, 0, batch.sequences, rows, sizes.padded_intermediate());
-  auto panel_units = [](const Dense& dense) { return ceil_div(dense.outputs, kUnitColumns); };
-  const int64_t row_units = ceil_div(rows, kUnitRows);
-  constexpr int64_t kPerLayer = 9, kUnitPanels = kUnitColumns / kPanelColumns<P>;
-  Stages stages;
+  auto columns = [](const Dense& dense) { return ceil_div(dense.outputs, kItemColumns); };
+  const int64_t groups = ceil_div(rows, kItemRows), heads = batch.sequences * sizes.heads;
+  constexpr int64_t kPerLayer = 9, kItemPanels = kItemColumns / kPanelColumns<P>;
+  Stages stages(threads);
   stages.add(batch.sequences);
   for (const Layer& layer : model.layers) {
-    for (const int64_t units :
-         {panel_units(layer.qkv), batch.sequences * sizes.heads, row_units, panel_units(layer.out), row_units,
-          panel_units(layer.up), P::kScaled ? row_units : 0, panel_units(layer.down), row_units}) {
-      stages.add(units);
+    for (const int64_t items : {columns(layer.qkv), heads, pass.finishes_context() ? groups : 0, columns(layer.out),
+                                groups, columns(layer.up), P::kScaled ? groups : 0, columns(layer.down), groups}) {
+      stages.add(items);
     }
   }
   stages.add(batch.sequences);
-  auto run_unit = [&](int64_t stage, int64_t unit) {
-    if (stage == 0) return pass.embed(unit);
-    if (stage == 1 + kPerLayer * sizes.layers) return finish_sequence(pass, batch, output, sizes.hidden, unit);
+  auto run_unit = [&](int64_t stage, int64_t item, int64_t items) {
+    auto each = [&](auto&& f) {
+      for (int64_t i = item; i < item + items; ++i) f(i);
+    };
+    if (stage == 0) return each([&](int64_t s) { pass.embed(s); });
+    if (stage == 1 + kPerLayer * sizes.layers) {
+      return each([&](int64_t s) { finish_sequence(pass, batch, output, sizes.hidden, s); });
+    }
     const Layer& layer = model.layers[(stage - 1) / kPerLayer];
-    const int64_t row = unit * kUnitRows, n = std::min(kUnitRows, rows - row), panel = unit * kUnitPanels;
-    auto panels = [&](const Dense& dense) { return std::min(kUnitPanels, dense.outputs / kPanelColumns<P> - panel); };
+    const int64_t row = item * kItemRows, n = std::min(items * kItemRows, rows - row), panel = item * kItemPanels;
+    auto panels = [&](const Dense& dense) {
+      return std::min(items * kItemPanels, dense.outputs / kPanelColumns<P> - panel);
+    };
     switch ((stage - 1) % kPerLayer) {
       case 0:
         return pass.project_qkv(layer, 0, rows, panel, panels(layer.qkv));
       case 1:
-        return pass.attend_head(unit / sizes.heads, unit % sizes.heads);
+        return each([&](int64_t i) { pass.attend_head(i / sizes.heads, i % sizes.heads); });
       case 2:
         return pass.finish_context(row, n);
       case 3:

@@ -227,11 +227,13 @@ class Pass {
            attended_ + row * context_stride_ + head * size, context_stride_);
   }
 
+  // Whether finish_context() has anything to do.
+  bool finishes_context() const { return P::kScaled || attended_columns() < context_; }
+
   void finish_context(int64_t row, int64_t rows) {
-    const int64_t used = model_.sizes.heads * model_.sizes.padded_head();  // the rest of a panel nobody has written
     for (int64_t r = row; r < row + rows; ++r) {
       Activation* values = attended_ + r * context_stride_;
-      std::fill(values + used, values + context_, Activation(0.f));
+      std::fill(values + attended_columns(), values + context_, Activation(0.f));
       if constexpr (P::kScaled) put_row(values, context_, range_of(values, context_), context_operand_, r);
     }
   }
@@ -306,6 +308,9 @@ class Pass {
   static constexpr int kNormRows = 4;
   static constexpr bool kFloatActivations = sizeof(Activation) == sizeof(float);
   static constexpr bool kFloatLanes = P::kStep == 1;  // activations are operands as they lie in memory
+
+  // The rest of a row's last panel is written by no head.
+  int64_t attended_columns() const { return model_.sizes.heads * model_.sizes.padded_head(); }
 
   static Activation* activations(Buffer& buffer, int64_t count) {
     return reinterpret_cast<Activation*>(buffer.reserve(ceil_div(count * sizeof(Activation), sizeof(float))));
