@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import operator
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,18 +96,53 @@ def problem(encoder: PackedEncoder) -> str | None:
 
 
 class Parameters:
-    """An encoder's parameters in a list, for as long as none of its modules is replaced."""
+    """An encoder's parameters as they are found, and what tells whether one was replaced, moved or written to since."""
 
     def __init__(self, encoder: nn.Module) -> None:
         modules = list(encoder.modules())
-        self._children = [(m._modules, list(m._modules.values())) for m in modules]
-        self._owners = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
+        self._children = [m._modules for m in modules if m._modules]
+        self._modules = [list(children.values()) for children in self._children]
+        found = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+        self._owners = [(owner, name) for owner, name, _ in found]
+        self.tensors = [p for _, _, p in found]
+        self._counted = [p for p in self.tensors if not p.is_inference()]  # the others have no version
 
-    def now(self) -> list[Tensor | None] | None:
-        """The parameters as they are now; None where a module was replaced: they may then be nobody's."""
-        if any(list(children.values()) != before for children, before in self._children):
-            return None
-        return [owner.get(name) for owner, name in self._owners]
+    def replaced(self) -> bool:
+        """Whether the encoder has another parameter or module in one's place."""
+        if [list(children.values()) for children in self._children] != self._modules:
+            return True
+        return not all(map(operator.is_, [owner.get(name) for owner, name in self._owners], self.tensors))
+
+    def addresses(self) -> list[int]:
+        """Where each parameter lies."""
+        return [p.data_ptr() for p in self.tensors]
+
+    def versions(self) -> list[int]:
+        """What changes when a parameter is written to as autograd or an optimizer does.
+
+        A parameter's version counts what autograd sees. It does not see a fused optimizer, whose steps are counted.
+        """
+        return [_optimizer_steps, *[p._version for p in self._counted]]
+
+
+def _watch(encoder: nn.Module) -> Callable[[], bool]:
+    """What tells, whenever it is called, whether float32 parameters on the CPU are as they are now."""
+    parameters = Parameters(encoder)
+    arrays: list[Any] = [p.detach().contiguous().numpy().reshape(-1) for p in parameters.tensors if p.numel()]
+    numbers = [(memoryview(array.view(np.int32)), len(array) // 2) for array in arrays]
+
+    def samples() -> list[int]:
+        # The bits of a few numbers of each tell of what is written through `.data`. To be read only where parameters
+        # lie where they did: a storage that is given other memory, to be shared with a process say, leaves its old one.
+        return [bits for view, middle in numbers for bits in (view[0], view[middle], view[-1])]
+
+    addresses, versions, values = parameters.addresses(), parameters.versions(), samples()
+
+    def unchanged() -> bool:
+        moved = parameters.replaced() or parameters.addresses() != addresses
+        return not moved and parameters.versions() == versions and samples() == values
+
+    return unchanged
 
 
 class Engine:
@@ -134,9 +170,7 @@ class Engine:
         self.dtype = checked_dtype(dtype)
         self._packed: Tensor | None = None
         self._tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
-        self._parameters = Parameters(encoder)
-        self._state: tuple[list[Any] | None, list[int]] = None, []
-        self._values: list[memoryview] = []  # of every parameter
+        self._unchanged: Callable[[], bool] = lambda: False
 
     @property
     def hidden_size(self) -> int:
@@ -152,39 +186,13 @@ class Engine:
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
-    def _versions(self) -> list[Any] | None:
-        """What changes when a module or a parameter is replaced, moved, or written to as autograd or an optimizer does.
-
-        A parameter's version counts what autograd sees. It does not see a fused optimizer, whose steps are counted.
-        """
-        if (parameters := self._parameters.now()) is None:
-            return None
-        return [
-            _optimizer_steps,
-            *(None if p is None else (0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters),
-        ]
-
-    def _samples(self) -> list[int]:
-        """The bits of a few numbers of each parameter, which tell of what is written through `.data`.
-
-        To be read only where `_versions` is as it was: a storage that is given other memory, to be shared between
-        processes for one, leaves here the address of the memory it had.
-        """
-        return [values[i] for values in self._values for i in (0, len(values) // 2, -1)]
-
     def prepare(self) -> None:
         """Pack the weights unless that is done and no parameter has changed since."""
-        versions = self._versions()
-        if self._packed is not None and versions == self._state[0] and self._samples() == self._state[1]:
+        if self._unchanged():
             return
         if reason := problem(self.encoder):
             raise RuntimeError(f"the CPU engine cannot serve this encoder: {reason}")
-        self._parameters = Parameters(self.encoder)
-        parameters: list[Any] = [p for p in self._parameters.now() or () if p is not None]
-        self._values = [
-            memoryview(p.detach().contiguous().numpy().reshape(-1).view(np.int32)) for p in parameters if p.numel()
-        ]
-        state = self._versions(), self._samples()
+        unchanged = _watch(self.encoder)
         a = self.encoder.architecture
         weights: list[Tensor] = list(self.encoder.embeddings.norm())
         for layer in self.encoder.layers():
@@ -200,7 +208,7 @@ class Engine:
         word, position, types = self.encoder.embeddings.tables()
         types = None if types is None else types.detach().contiguous()
         self._tables = (word.detach().contiguous(), position.detach().contiguous(), types, self._position_bias())
-        self._state = state
+        self._unchanged = unchanged
 
     def _position_bias(self) -> Tensor | None:
         """[H, 2 P - 1], by query minus key from 1 - P on; None for a family without."""
