@@ -20,12 +20,12 @@ namespace {
 thread_local Workspace workspace;
 
 // Tokens that one thread takes through all layers at a time, and the most that threads share.
-constexpr int64_t kRunTokens = 384;
+constexpr int64_t kRunTokens = kAmx ? 384 : kRowsAtOnce;
 constexpr int64_t kLeastRunTokens = 64;
 constexpr int64_t kSharedTokensPerThread = 64;
 constexpr int64_t kSharedTokens = 2048;  // of long sequences: what all their activations take in memory stays allocated
 constexpr int64_t kItemRows = 4, kItemColumns = 64;  // of a shared stage
-constexpr int64_t kUnitsPerThread = 3;               // few to draw, and the last to finish is not waited for long
+constexpr int64_t kUnitsPerThread = 3;               // few to draw, and no long wait for the last
 
 template <class P>
 void finish_sequence(const Pass<P>& pass, const Batch& batch, const Output& output, int64_t hidden, int64_t s) {
@@ -118,7 +118,7 @@ std::vector<int64_t> cut_runs(const Batch& batch, int64_t threads, int64_t most)
 
 // --- all threads together, stage by stage ---
 
-// Stages of items, which are cut into units and these numbered through. Threads draw the next unit; it begins when all
+// Stages of items, which are cut into units. Units are numbered through all stages. Threads draw the next unit; it begins when all
 // units of earlier stages are done. Whoever draws is running, so nobody ever waits for a thread that has not come.
 class Stages {
  public:
@@ -130,7 +130,7 @@ class Stages {
     stages_.push_back({items, size, begin, begin + ceil_div(items, size)});
   }
 
-  // f(stage, item, items): of a stage, so many items from the first on.
+  // f(stage, item, items) works on so many items of a stage, from `item` on.
   template <class F>
   void work(F&& f) {
     for (size_t index = 0;;) {
@@ -149,7 +149,8 @@ class Stages {
 
  private:
   struct Stage {
-    int64_t items, size, begin, end;  // items of a unit; units
+    int64_t items, size;  // of the stage, of a unit
+    int64_t begin, end;   // units
   };
   std::vector<Stage> stages_;
   int64_t threads_;

@@ -31,7 +31,9 @@ auto with_precision(Precision precision, F&& f) {
 }
 
 inline constexpr int64_t kPackedMagic = 0x7473742d656e6304;
-inline constexpr int64_t kPackedForm = 2 * kWidth + kAmx;  // what the layout depends on besides the sizes
+// What the layout depends on besides the sizes: vectors, tiles, and how int8's weights are stored.
+inline constexpr int64_t kPackedForm =
+    2 * kWidth + kAmx + 64 * Int8Precision::kStep + 2 * Int8Precision::kWeightOffset;
 
 struct Sizes {
   int64_t magic, bytes, precision, form;

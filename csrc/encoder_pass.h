@@ -126,6 +126,9 @@ struct Batch {
   int64_t length(int64_t s) const { return cu_seqlens[s + 1] - cu_seqlens[s]; }
 };
 
+// Rows that memory is taken for at once: what grew row by row would leave holes.
+inline constexpr int64_t kRowsAtOnce = 256;
+
 // Memory that a pass works in; kept from call to call.
 struct Workspace {
   Buffer x, x_lanes, qkv, context, context_lanes, hidden, hidden_lanes, row_scales, pooled;
@@ -158,8 +161,9 @@ class Pass {
         context_stride_(padded_stride<Activation>(context_)),
         fed_stride_(padded_stride<Activation>(hidden_columns)),
         hidden_rows_(hidden_rows) {
+    const int64_t rows = round_up(batch.cu_seqlens[last] - base_, kRowsAtOnce);
     // Tiles read the last group of rows past its end.
-    const int64_t rows = batch.cu_seqlens[last] - base_, spare = P::kTiled ? kGroupRows<P> : 0;
+    const int64_t spare = P::kTiled ? kGroupRows<P> : 0;
     x_ = workspace.x.reserve(rows * x_stride_);
     qkv_ = activations(workspace.qkv, (rows + spare) * qkv_stride_);
     attended_ = activations(workspace.context, (rows + spare) * context_stride_);
