@@ -96,51 +96,48 @@ def problem(encoder: PackedEncoder) -> str | None:
 
 
 class Parameters:
-    """An encoder's parameters as they are found, and what tells whether one was replaced, moved or written to since."""
+    """An encoder's parameters in a list, for as long as none of its modules is replaced."""
 
     def __init__(self, encoder: nn.Module) -> None:
         modules = list(encoder.modules())
         self._children = [m._modules for m in modules if m._modules]
         self._modules = [list(children.values()) for children in self._children]
-        found = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
-        self._owners = [(owner, name) for owner, name, _ in found]
-        self.tensors = [p for _, _, p in found]
-        self._counted = [p for p in self.tensors if not p.is_inference()]  # the others have no version
+        self._owners = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
 
-    def replaced(self) -> bool:
-        """Whether the encoder has another parameter or module in one's place."""
+    def now(self) -> list[Tensor | None] | None:
+        """The parameters as they are now; None where a module was replaced: they may then be nobody's."""
         if [list(children.values()) for children in self._children] != self._modules:
-            return True
-        return not all(map(operator.is_, [owner.get(name) for owner, name in self._owners], self.tensors))
-
-    def addresses(self) -> list[int]:
-        """Where each parameter lies."""
-        return [p.data_ptr() for p in self.tensors]
-
-    def versions(self) -> list[int]:
-        """What changes when a parameter is written to as autograd or an optimizer does.
-
-        A parameter's version counts what autograd sees. It does not see a fused optimizer, whose steps are counted.
-        """
-        return [_optimizer_steps, *[p._version for p in self._counted]]
+            return None
+        return [owner.get(name) for owner, name in self._owners]
 
 
 def _watch(encoder: nn.Module) -> Callable[[], bool]:
-    """What tells, whenever it is called, whether float32 parameters on the CPU are as they are now."""
+    """A function that tells whether all parameters, on the CPU, are still what they are at this call."""
     parameters = Parameters(encoder)
-    arrays: list[Any] = [p.detach().contiguous().numpy().reshape(-1) for p in parameters.tensors if p.numel()]
-    numbers = [(memoryview(array.view(np.int32)), len(array) // 2) for array in arrays]
+    tensors = [p for p in parameters.now() or () if p is not None]
+    # A version counts what autograd sees of writing. It does not see a fused optimizer, whose steps are counted, nor
+    # what is written through `.data`, which the bits of a few numbers of each parameter tell of.
+    counted = [p for p in tensors if not p.is_inference()]
+    views: list[Any] = [p.detach().contiguous().numpy().reshape(-1).view(np.int32) for p in tensors if p.numel()]
+    numbers = [(memoryview(view), len(view) // 2) for view in views]
+
+    def addresses() -> list[int]:
+        return [p.data_ptr() for p in tensors]
+
+    def versions() -> list[int]:
+        return [_optimizer_steps, *[p._version for p in counted]]
 
     def samples() -> list[int]:
-        # The bits of a few numbers of each tell of what is written through `.data`. To be read only where parameters
-        # lie where they did: a storage that is given other memory, to be shared with a process say, leaves its old one.
         return [bits for view, middle in numbers for bits in (view[0], view[middle], view[-1])]
 
-    addresses, versions, values = parameters.addresses(), parameters.versions(), samples()
+    before = addresses(), versions(), samples()
 
     def unchanged() -> bool:
-        moved = parameters.replaced() or parameters.addresses() != addresses
-        return not moved and parameters.versions() == versions and samples() == values
+        if (now := parameters.now()) is None or not all(map(operator.is_, now, tensors)):
+            return False
+        # In this order: numbers are where they were only if the parameter is. A storage that is given other memory, to
+        # be shared between processes for one, leaves views of the memory that it had, which may be gone.
+        return addresses() == before[0] and versions() == before[1] and samples() == before[2]
 
     return unchanged
 
@@ -168,9 +165,7 @@ class Engine:
             raise TypeError(f"encoder: expected a triton_st.models.PackedEncoder, got {type(encoder).__name__}")
         self.encoder = encoder
         self.dtype = checked_dtype(dtype)
-        self._packed: Tensor | None = None
-        self._tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
-        self._unchanged: Callable[[], bool] = lambda: False
+        self._prepared: tuple[Callable[[], bool], tuple[Tensor | None, ...]] | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -186,10 +181,12 @@ class Engine:
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Pack the weights unless that is done and no parameter has changed since."""
-        if self._unchanged():
-            return
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        """Packed weights and embedding tables; made anew where a parameter has changed since they were."""
+        if self._prepared is not None:
+            unchanged, prepared = self._prepared
+            if unchanged():
+                return prepared
         if reason := problem(self.encoder):
             raise RuntimeError(f"the CPU engine cannot serve this encoder: {reason}")
         unchanged = _watch(self.encoder)
@@ -202,13 +199,14 @@ class Engine:
             plain = _with_spreads(plain, self.encoder)
         elif self.dtype == "float16":  # a finite weight stays finite
             plain = [saturate(weight, torch.float16).float() for weight in plain]
-        self._packed = torch.ops.triton_st_cpp.encoder_pack(
+        packed = torch.ops.triton_st_cpp.encoder_pack(
             DTYPES.index(self.dtype), a.layers, a.hidden_size, a.heads, a.intermediate_size, a.eps, plain
         )
         word, position, types = self.encoder.embeddings.tables()
         types = None if types is None else types.detach().contiguous()
-        self._tables = (word.detach().contiguous(), position.detach().contiguous(), types, self._position_bias())
-        self._unchanged = unchanged
+        prepared = packed, word.detach().contiguous(), position.detach().contiguous(), types, self._position_bias()
+        self._prepared = unchanged, prepared
+        return prepared
 
     def _position_bias(self) -> Tensor | None:
         """[H, 2 P - 1], by query minus key from 1 - P on; None for a family without."""
@@ -284,13 +282,12 @@ class Engine:
         out: Tensor,
     ) -> None:
         settle_after_fork()
-        self.prepare()
-        assert self._tables is not None
+        weights = self._weights()  # loads the kernels, too
         pooling = 0
         for mode in reversed(modes):
             pooling = pooling * 8 + 1 + POOLING_MODES.index(mode)
         torch.ops.triton_st_cpp.encoder_forward(
-            self._packed, *self._tables, self.encoder.architecture.position_offset, ids, offsets, types, pooling,
+            *weights, self.encoder.architecture.position_offset, ids, offsets, types, pooling,
             prompt_length, normalize, out,
         )  # fmt: skip
 

@@ -169,7 +169,7 @@ class GraphedEncoder:
             self._failure = str(error)
             self._forget()
             return False
-        self._addresses = self._parameters.addresses()  # the first pass lays some parameters side by side
+        self._addresses = self._current_addresses()  # the first pass lays some parameters side by side
         return True
 
     def _work(self, bucket: Bucket) -> Callable[[], None]:
@@ -182,13 +182,16 @@ class GraphedEncoder:
 
         return work
 
+    def _current_addresses(self) -> list[int]:
+        return [0 if p is None else p.data_ptr() for p in self._parameters.now() or ()]
+
     def _follow(self) -> None:
         """Forget graphs of other parameters, and make room for batches."""
         device = self.encoder.embeddings.tables()[0].device
-        if self._parameters.replaced():
+        if self._parameters.now() is None:
             self._parameters = Parameters(self.encoder)
             self._addresses = []
-        if not self._addresses or self._parameters.addresses() != self._addresses:
+        if not self._addresses or self._current_addresses() != self._addresses:
             self._forget()
             self._input_ids = torch.empty(TOKENS[-1], dtype=torch.int64, device=device)
             self._cu_seqlens = torch.empty(SEQUENCES[-1] + 1, dtype=torch.int32, device=device)
