@@ -135,7 +135,7 @@ class Stages {
   // f(stage, item, items) works on so many items of a stage, from `item` on.
   template <class F>
   void work(F&& f) {
-    for (size_t index = 0;;) {
+    for (int64_t index = 0;;) {
       const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
       if (unit >= stages_.back().end) return;
       while (unit >= stages_[index].end) ++index;
@@ -144,7 +144,7 @@ class Stages {
         if (spins > 5000) std::this_thread::yield();
       }
       const int64_t item = (unit - stage.begin) * stage.size;
-      f(static_cast<int64_t>(index), item, std::min(stage.size, stage.items - item));
+      f(index, item, std::min(stage.size, stage.items - item));
       done_.fetch_add(1, std::memory_order_release);
     }
   }

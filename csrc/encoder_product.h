@@ -138,8 +138,8 @@ auto excess_of_block(const Operand& x, int64_t row, int64_t rows) {
   }
 }
 
-// Bytes ahead that panels are asked for, one after the other as they lie. What the processor asks for by itself stops at
-// every page's end; where each vector of weights takes a whole line, that costs up to a third of one text's time.
+// Bytes ahead that panels are asked for, one after the other as they lie. Unasked, with AVX-512 one text in float32 takes
+// a quarter to a half longer.
 inline constexpr int64_t kPanelsAhead = kWidth < 16 ? 4096 : 8192;
 
 // consume(row, column, values...): vectors of the values of a panel's outputs, from `column` on, for each of `rows` rows

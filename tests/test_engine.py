@@ -466,7 +466,7 @@ for change in accuracy.EXTREMES:
 
 
 def test_forms_for_lesser_processors(tmp_path: Path) -> None:
-    """No AMX, AVX-512 without bf16 and int8 products, AVX2 with int8 products, AVX2 without, no vectors of ours."""
+    """No AMX, AVX-512 without bf16 and int8 products, AVX2 with int8 products and without, portable."""
     code = PARITY.format(tests=str(Path(__file__).parent))
     forms = lesser_forms("x86-64-v4", "alderlake", "x86-64-v3", "x86-64")
     for process in [start(code, tmp_path, TRITON_ST_CXXFLAGS=flags) for flags in forms]:
